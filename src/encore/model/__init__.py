@@ -1,0 +1,1 @@
+"""The models: single-device and plain. Parallelism, quantisation and adapters are surgeries done from outside."""

@@ -1,0 +1,115 @@
+"""The encoder: a Gemma stack that sees both ways (T5Gemma paper, section 2; T5Gemma 2 paper, section 2).
+
+It is a product of its own: `Encoder(config)` is loaded, saved and run without a decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from encore.config import LayerType, StackConfig, T5GemmaConfig
+from encore.model.attention import SelfAttention, SelfView
+from encore.model.cache import LayerCache
+from encore.model.layers import GatedMLP, RMSNorm, ScaledEmbedding, real_positions, rotations
+from encore.model.masks import Visibility, encoder_window
+from encore.model.vision import MultiModalProjector, VisionTower
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the encoder made of a source: states (B, S, D) after the final norm, and which are real (None = all).
+
+    The hinge of the system: made once, kept, shared by many decodings.
+    """
+
+    states: Float[Tensor, "B S D"]
+    mask: Bool[Tensor, "B S"] | None = None
+
+    def index_select(self, rows: Int[Tensor, " rows"]) -> Memory:
+        """These rows of the batch, in this order."""
+        mask = None if self.mask is None else self.mask.index_select(0, rows)
+        return Memory(self.states.index_select(0, rows), mask)
+
+
+class SelfLayer(nn.Module):
+    """x += post(attention(pre(x))); x += post(mlp(pre(x))). The layer of Gemma and of both encoders."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = SelfAttention(config)
+        self.pre_self_attn_layernorm = RMSNorm(size, eps)
+        self.post_self_attn_layernorm = RMSNorm(size, eps)
+        self.mlp = GatedMLP(config)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], view: SelfView, cache: LayerCache | None = None
+    ) -> Float[Tensor, "B T D"]:
+        x = x + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x), view, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Encoder(nn.Module):
+    """Tokens (B, S) to a Memory. With `vision=True` the tower and projector are built too."""
+
+    def __init__(self, config: T5GemmaConfig, *, vision: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        stack = config.encoder
+        eoi = config.eoi_token_index if config.model_type == "t5gemma2" else None
+        self.embed_tokens = ScaledEmbedding(stack.vocab_size, stack.hidden_size, eoi)
+        self.layers = nn.ModuleList(SelfLayer(stack) for _ in stack.layer_types)
+        self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
+        if vision:
+            if config.vision is None:
+                raise ValueError("vision=True, but the config describes no vision tower; load a checkpoint that has one")
+            self.vision_tower = VisionTower(config.vision)
+            self.multi_modal_projector = MultiModalProjector(config.vision, stack.hidden_size)
+
+    def forward(
+        self,
+        encoder_input_tokens: Int[Tensor, "B S"],
+        encoder_mask: Bool[Tensor, "B S"] | None = None,
+        *,
+        positions: Int[Tensor, "#B S"] | None = None,
+    ) -> Memory:
+        check_tokens(encoder_input_tokens, encoder_mask, self.embed_tokens.weight.shape[0], "encoder")
+        stack, device = self.config.encoder, encoder_input_tokens.device
+        num_tokens = encoder_input_tokens.shape[1]
+        x = self.embed_tokens(encoder_input_tokens)
+        if positions is None:
+            positions = real_positions(encoder_mask, num_tokens, 0, device)
+        rotation = rotations(stack, positions)
+        views: dict[LayerType, SelfView] = {}
+        for kind in rotation:
+            window = encoder_window(self.config.model_type, stack, kind)
+            visible = Visibility(window, num_keys=num_tokens, key_mask=encoder_mask, device=device)
+            views[kind] = SelfView(rotation[kind], visible)
+        for layer, kind in zip(self.layers, stack.layer_types, strict=True):
+            x = layer(x, views[kind])
+        return Memory(self.norm(x), encoder_mask)
+
+
+def check_tokens(
+    tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None, vocab_size: int, side: str
+) -> None:
+    """Shapes and dtypes of what comes from outside, before anything is computed."""
+    if tokens.dim() != 2:
+        raise ValueError(f"{side} tokens have shape {tuple(tokens.shape)}; expected (batch, length)")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{side} tokens have dtype {tokens.dtype}; expected integer ids (torch.int64)")
+    if tokens.device.type == "cpu" and tokens.numel():
+        low, high = (int(v) for v in torch.aminmax(tokens))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"{side} tokens lie in {low}..{high}, but the vocabulary has ids 0..{vocab_size - 1}")
+    if mask is not None:
+        if mask.shape != tokens.shape:
+            raise ValueError(f"the {side} mask has shape {tuple(mask.shape)}, the tokens {tuple(tokens.shape)}")
+        if mask.dtype != torch.bool:
+            raise ValueError(f"the {side} mask has dtype {mask.dtype}; expected bool, True = real (mask.bool())")

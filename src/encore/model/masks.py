@@ -1,0 +1,130 @@
+"""Who sees whom. Every mask of the family is a window over indices, and a flag for each key that it is real.
+
+A query at index i sees a key at index j if  -right <= i - j <= left  and the key is real (None = no bound):
+
+    stack                          global layer         local layer (window W)
+    Gemma, decoders                left None, right 0   left W-1, right 0
+    T5Gemma 2 encoder              left None, None      left (W+1)//2 - 1, right W//2
+    T5Gemma encoder                left None, None      left W, right W
+    anything reading the memory    left None, None      left None, None  (local layers too)
+
+So the merged attention of T5Gemma 2 has two parts: the target under the decoder's row of this table, and the memory
+under the last row. They meet in one softmax in `kernels/attention.py`; no merged matrix is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from encore.config import LayerType, StackConfig, T5GemmaType
+
+MEMOISED_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Window:
+    """How far a query sees to the left and to the right; None = without bound."""
+
+    left: int | None = None
+    right: int | None = None
+
+
+EVERYTHING = Window()
+
+
+def decoder_window(config: StackConfig, layer_type: LayerType) -> Window:
+    """Causal; local layers see themselves and W-1 before."""
+    return Window(config.sliding_window - 1 if layer_type == "sliding_attention" else None, 0)
+
+
+def encoder_window(model_type: T5GemmaType, config: StackConfig, layer_type: LayerType) -> Window:
+    """Bidirectional. Local layers of T5Gemma 2 see W tokens in all; those of T5Gemma see W to each side.
+
+    For T5Gemma, transformers 5.23 counts |i - j| <= W, Google's JAX code |i - j| < W: one key per side fewer.
+    Parity is measured against transformers, so the bound here is inclusive.
+    """
+    if layer_type == "full_attention":
+        return EVERYTHING
+    width = config.sliding_window
+    return Window((width + 1) // 2 - 1, width // 2) if model_type == "t5gemma2" else Window(width, width)
+
+
+class Visibility:
+    """A window between queries at `offset + 0..T-1` and keys at `key_index`, or at 0..S-1 if that is None.
+
+    `key_mask` (B, S) is True for real keys. Blocks of the mask are built when asked for, and kept while small: one
+    object serves all layers of a kind, so a mask is built once per pass.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        *,
+        num_keys: int,
+        offset: int = 0,
+        key_mask: Bool[Tensor, "B S"] | None = None,
+        key_index: Int[Tensor, " S"] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.window = window
+        self.offset = offset
+        self.num_keys = num_keys
+        self.key_mask = key_mask
+        self.key_index = key_index
+        self.device = device
+        self._blocks: dict[tuple[int, int, int, int], Tensor | None] = {}
+
+    @property
+    def span(self) -> int | None:
+        if self.window.left is None or self.window.right is None:
+            return None if self.window == EVERYTHING else self.num_keys
+        return self.window.left + self.window.right + 1
+
+    @property
+    def may_be_blind(self) -> bool:
+        return self.key_mask is not None
+
+    def keys_of(self, rows: slice) -> slice:
+        if self.key_index is not None:
+            return slice(0, self.num_keys)
+        left, right = self.window.left, self.window.right
+        start = 0 if left is None else max(0, self.offset + rows.start - left)
+        stop = self.num_keys if right is None else min(self.num_keys, self.offset + rows.stop + right)
+        return slice(min(start, self.num_keys), max(stop, min(start, self.num_keys)))
+
+    def hidden(self, rows: slice, keys: slice) -> Bool[Tensor, "#B #T S"] | None:
+        key = (rows.start, rows.stop, keys.start, keys.stop)
+        if key not in self._blocks:
+            block = self._hidden(rows, keys)
+            if block is not None and block.numel() > MEMOISED_ELEMENTS:
+                return block
+            self._blocks[key] = block
+        return self._blocks[key]
+
+    def _hidden(self, rows: slice, keys: slice) -> Tensor | None:
+        hidden = None
+        if self.key_mask is not None:
+            hidden = ~self.key_mask[:, None, keys]
+        left, right = self.window.left, self.window.right
+        first_query, last_query = self.offset + rows.start, self.offset + rows.stop - 1
+        if self.key_index is None:  # drop a bound that nothing in this block crosses
+            left = None if left is not None and last_query - keys.start <= left else left
+            right = None if right is not None and keys.stop - 1 - first_query <= right else right
+        if left is None and right is None:
+            return hidden
+        query = torch.arange(first_query, last_query + 1, device=self.device)[:, None]
+        if self.key_index is None:
+            key = torch.arange(keys.start, keys.stop, device=self.device)
+        else:
+            key = self.key_index[keys]
+        distance = query - key[None]
+        outside = torch.zeros_like(distance, dtype=torch.bool)
+        if left is not None:
+            outside |= distance > left
+        if right is not None:
+            outside |= -distance > right
+        return outside[None] if hidden is None else hidden | outside

@@ -1,0 +1,144 @@
+"""T5Gemma and T5Gemma 2 (arXiv 2504.06225, 2512.14856): encode, decode, forward.
+
+    memory = model.encode(source)                 # once per input
+    logits = model.decode(target, memory)         # all positions at once, for training and scoring
+    cache = model.make_cache(memory, max_target_tokens=100)
+    logits = model.decode(next_tokens, memory, cache)      # a few at a time, for generation
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from encore.config import T5GemmaConfig
+from encore.model.cache import Cache
+from encore.model.decoder import Decoder
+from encore.model.encoder import Encoder, Memory
+from encore.model.layers import RMSNorm, ScaledEmbedding
+
+
+class T5Gemma(nn.Module):
+    """An encoder-decoder. T5Gemma 2 ties encoder input, decoder input and head; T5Gemma only the last two."""
+
+    origin: Path | None = None
+    """The folder it was loaded from, if any."""
+
+    def __init__(self, config: T5GemmaConfig, *, vision: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, vision=vision)
+        if config.tied_embeddings:
+            embed_tokens = self.encoder.embed_tokens
+        else:
+            embed_tokens = ScaledEmbedding(config.decoder.vocab_size, config.decoder.hidden_size)
+        self.decoder = Decoder(config, embed_tokens)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        return self.decoder.embed_tokens.weight
+
+    def encode(
+        self,
+        encoder_input_tokens: Int[Tensor, "B S"],
+        encoder_mask: Bool[Tensor, "B S"] | None = None,
+        *,
+        positions: Int[Tensor, "#B S"] | None = None,
+    ) -> Memory:
+        """Source ids to a Memory. `encoder_mask` is True for real tokens; None = all, whatever the ids."""
+        return self.encoder(encoder_input_tokens, encoder_mask, positions=positions)
+
+    def make_cache(self, memory: Memory, max_target_tokens: int) -> Cache:
+        """Keys and values of the memory, computed once, and room for `max_target_tokens` tokens."""
+        weight = self.head_weight
+        memories = [layer.memory_keys_values(memory.states) for layer in self.decoder.layers]  # pyright: ignore
+        return Cache(
+            self.config.decoder,
+            batch_size=memory.states.shape[0],
+            max_tokens=max_target_tokens,
+            dtype=weight.dtype,
+            device=weight.device,
+            memories=memories,
+        )
+
+    def decode_states(
+        self,
+        decoder_input_tokens: Int[Tensor, "B T"],
+        memory: Memory,
+        cache: Cache | None = None,
+        *,
+        decoder_mask: Bool[Tensor, "B T"] | None = None,
+        positions: Int[Tensor, "#B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """States after the final norm, before the head."""
+        return self.decoder(decoder_input_tokens, memory, cache, decoder_mask=decoder_mask, positions=positions)
+
+    def decode(
+        self,
+        decoder_input_tokens: Int[Tensor, "B T"],
+        memory: Memory,
+        cache: Cache | None = None,
+        *,
+        decoder_mask: Bool[Tensor, "B T"] | None = None,
+        positions: Int[Tensor, "#B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits after soft-capping. With a cache, takes the next tokens and updates it in place."""
+        states = self.decode_states(
+            decoder_input_tokens, memory, cache, decoder_mask=decoder_mask, positions=positions
+        )
+        return self.logits(states)
+
+    def logits(self, states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        return vocabulary_logits(states, self.head_weight, self.config.final_logit_softcapping)
+
+    def states(
+        self,
+        encoder_input_tokens: Int[Tensor, "B S"],
+        decoder_input_tokens: Int[Tensor, "B T"],
+        encoder_mask: Bool[Tensor, "B S"] | None = None,
+        decoder_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Decoder states of source and target at once: for losses that never hold all logits."""
+        memory = self.encode(encoder_input_tokens, encoder_mask)
+        return self.decode_states(decoder_input_tokens, memory, decoder_mask=decoder_mask)
+
+    def forward(
+        self,
+        encoder_input_tokens: Int[Tensor, "B S"],
+        decoder_input_tokens: Int[Tensor, "B T"],
+        encoder_mask: Bool[Tensor, "B S"] | None = None,
+        decoder_mask: Bool[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        return self.logits(self.states(encoder_input_tokens, decoder_input_tokens, encoder_mask, decoder_mask))
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Random weights: normal(0, 0.02), norms zero."""
+        init_weights(self, generator)
+
+
+def vocabulary_logits(
+    states: Float[Tensor, "*B D"], head_weight: Float[Tensor, "V D"], softcap: float | None
+) -> Float[Tensor, "*B V"]:
+    """states @ head', soft-capped in float32."""
+    logits = F.linear(states, head_weight)
+    if softcap is not None:
+        logits = (torch.tanh(logits.float() / softcap) * softcap).to(states.dtype)
+    return logits
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Matrices normal(0, 0.02), norm scales, biases and the end-of-image vector zero."""
+    zeros = {id(p) for m in model.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) in zeros or parameter.dim() == 1:
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)
