@@ -106,7 +106,10 @@ class GemmaConfig:
 
 @dataclass(frozen=True)
 class T5GemmaConfig:
-    """An encoder-decoder. "t5gemma" has separate cross-attention and two embeddings, "t5gemma2" merged attention and one."""
+    """An encoder-decoder.
+
+    "t5gemma" has separate cross-attention and two embeddings, "t5gemma2" merged attention and one embedding.
+    """
 
     model_type: T5GemmaType
     encoder: StackConfig
@@ -126,7 +129,9 @@ class T5GemmaConfig:
             for name in ("hidden_size", "vocab_size"):
                 encoder, decoder = getattr(self.encoder, name), getattr(self.decoder, name)
                 if encoder != decoder:
-                    raise ValueError(f"T5Gemma 2 needs equal stacks: {name} is {encoder} in the encoder, {decoder} in the decoder")
+                    raise ValueError(
+                        f"T5Gemma 2 needs equal stacks: {name} is {encoder} in the encoder, {decoder} in the decoder"
+                    )
 
     @property
     def tied_embeddings(self) -> bool:

@@ -23,7 +23,9 @@ def dense(q, parts, windows, masks, offset, softcap=None):
         for i in range(num_rows):
             for j in range(key.shape[2]):
                 distance = i + offset - j
-                near = (window.left is None or distance <= window.left) and (window.right is None or -distance <= window.right)
+                near = (window.left is None or distance <= window.left) and (
+                    window.right is None or -distance <= window.right
+                )
                 seen[:, i, j] = near if mask is None else mask[:, j] & near
         columns.append(seen)
     seen = torch.cat(columns, dim=-1)[:, None]
@@ -39,14 +41,22 @@ bounds = st.one_of(st.none(), st.integers(0, 9))
 
 @settings(max_examples=120, deadline=None)
 @given(
-    rows=st.integers(1, 40), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=3), left=bounds, right=bounds,
-    padded=st.booleans(), softcap=st.sampled_from([None, 2.0]), offset=st.integers(0, 12), max_scores=st.integers(1, 4000),
+    rows=st.integers(1, 40),
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    left=bounds,
+    right=bounds,
+    padded=st.booleans(),
+    softcap=st.sampled_from([None, 2.0]),
+    offset=st.integers(0, 12),
+    max_scores=st.integers(1, 4000),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_blocks_and_parts_equal_dense(rows, sizes, left, right, padded, softcap, offset, max_scores, seed):
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(2, 4, rows, 8, generator=generator)
-    parts = [(torch.randn(2, 2, n, 8, generator=generator), torch.randn(2, 2, n, 8, generator=generator)) for n in sizes]
+    parts = [
+        (torch.randn(2, 2, n, 8, generator=generator), torch.randn(2, 2, n, 8, generator=generator)) for n in sizes
+    ]
     windows = [Window(left, right), *[EVERYTHING] * (len(parts) - 1)]
     masks = [torch.rand(2, n, generator=generator) < 0.6 if padded else None for n in sizes]
     keys = [

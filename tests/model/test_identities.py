@@ -46,6 +46,8 @@ def test_encoder_with_causal_windows_is_the_source(pair, kind, monkeypatch):
     _, gemma = pair(kind)
     model = adapted(gemma)
     tokens = torch.randint(3, 97, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(encoder_module, "encoder_window", lambda _, stack, layer_type: decoder_window(stack, layer_type))
+    monkeypatch.setattr(
+        encoder_module, "encoder_window", lambda _, stack, layer_type: decoder_window(stack, layer_type)
+    )
     with torch.no_grad():
         torch.testing.assert_close(model.encode(tokens).states, gemma.states(tokens), atol=3e-5, rtol=0)

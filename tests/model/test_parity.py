@@ -95,9 +95,7 @@ def test_padded_sources(pair, kind, side, longest):
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     memory = ours.encode(src, mask)
     assert torch.isfinite(memory.states).all()
-    expected = theirs(
-        input_ids=src, attention_mask=mask.long(), position_ids=positions, decoder_input_ids=tgt
-    ).logits
+    expected = theirs(input_ids=src, attention_mask=mask.long(), position_ids=positions, decoder_input_ids=tgt).logits
     together = ours(src, tgt, mask)
     close(together, expected)
     close(stepwise(ours, tgt, memory), expected)

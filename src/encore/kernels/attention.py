@@ -82,7 +82,9 @@ def attend(
 def _rows_per_block(rows_of_scores: int, num_rows: int, parts: Sequence[Keys]) -> int:
     """As many query rows as keep the scores below MAX_SCORES; with windows, no more than a window's worth."""
     spans = [part.visible.span for part in parts]
-    reach = sum(part.k.shape[2] if span is None else min(span, part.k.shape[2]) for part, span in zip(parts, spans, strict=True))
+    reach = sum(
+        part.k.shape[2] if span is None else min(span, part.k.shape[2]) for part, span in zip(parts, spans, strict=True)
+    )
     block = max(16, MAX_SCORES // max(1, rows_of_scores * max(1, reach)))
     if any(span is not None and span < part.k.shape[2] for part, span in zip(parts, spans, strict=True)):
         widest = max(span for span in spans if span is not None)

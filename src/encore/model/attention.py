@@ -91,9 +91,7 @@ class CrossAttention(Attention):
     def memory_keys_values(self, states: Float[Tensor, "B S D"]) -> KeysValues:
         return self.keys_values(states, None)
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], memory: KeysValues, visible: Visibility
-    ) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], memory: KeysValues, visible: Visibility) -> Float[Tensor, "B T D"]:
         return self.o_proj(attend(self.queries(x, None), (Keys(*memory, visible),), softcap=self.softcap))
 
 

@@ -43,7 +43,7 @@ class LayerCache:
 
 
 class Cache:
-    """Made by `make_cache`, given to `decode` again and again. `length` counts target tokens so far, padding included."""
+    """Made by `make_cache`, given to `decode` again and again. `length` counts tokens so far, padding included."""
 
     def __init__(
         self,
@@ -100,9 +100,7 @@ class Cache:
             mask = None if mask is None else mask[:, index]
         elif kept == 0:
             return None
-        return Visibility(
-            window, num_keys=kept, offset=self.length, key_mask=mask, key_index=index, device=device
-        )
+        return Visibility(window, num_keys=kept, offset=self.length, key_mask=mask, key_index=index, device=device)
 
     def kinds(self) -> list[LayerType]:
         return list(dict.fromkeys(self.config.layer_types))

@@ -1,7 +1,7 @@
 """The decoders: two layers, not a flag, because separate and merged cross-attention are different equations.
 
-    CrossAttentionLayer   T5Gemma:   x += post(self(pre x)); x += post(cross(pre x, memory)); x += post(mlp(pre x))
-    MergedLayer           T5Gemma 2: x += post(merged(pre x, memory));                        x += post(mlp(pre x))
+CrossAttentionLayer   T5Gemma:   x += post(self(pre x)); x += post(cross(pre x, memory)); x += post(mlp(pre x))
+MergedLayer           T5Gemma 2: x += post(merged(pre x, memory));                        x += post(mlp(pre x))
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class Decoder(nn.Module):
         check_tokens(decoder_input_tokens, decoder_mask, self.embed_tokens.weight.shape[0], "decoder")
         x = self.embed_tokens(decoder_input_tokens)
         views = self_views(self.config.decoder, x, decoder_mask, cache, positions)
-        memory_visible = Visibility(
-            EVERYTHING, num_keys=memory.states.shape[1], key_mask=memory.mask, device=x.device
-        )
+        memory_visible = Visibility(EVERYTHING, num_keys=memory.states.shape[1], key_mask=memory.mask, device=x.device)
         for i, kind in enumerate(self.config.decoder.layer_types):
             layer, layer_cache = self.layers[i], None if cache is None else cache.layers[i]
             if layer_cache is not None and layer_cache.memory is not None:

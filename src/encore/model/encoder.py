@@ -68,7 +68,9 @@ class Encoder(nn.Module):
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
         if vision:
             if config.vision is None:
-                raise ValueError("vision=True, but the config describes no vision tower; load a checkpoint that has one")
+                raise ValueError(
+                    "vision=True, but the config describes no vision tower; load a checkpoint that has one"
+                )
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = MultiModalProjector(config.vision, stack.hidden_size)
 
@@ -96,9 +98,7 @@ class Encoder(nn.Module):
         return Memory(self.norm(x), encoder_mask)
 
 
-def check_tokens(
-    tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None, vocab_size: int, side: str
-) -> None:
+def check_tokens(tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None, vocab_size: int, side: str) -> None:
     """Shapes and dtypes of what comes from outside, before anything is computed."""
     if tokens.dim() != 2:
         raise ValueError(f"{side} tokens have shape {tuple(tokens.shape)}; expected (batch, length)")

@@ -12,8 +12,7 @@ from encore.config import GemmaConfig
 from encore.model.cache import Cache
 from encore.model.decoder import self_views
 from encore.model.encoder import SelfLayer, check_tokens
-from encore.model.layers import RMSNorm, ScaledEmbedding
-from encore.model.t5gemma import vocabulary_logits
+from encore.model.layers import RMSNorm, ScaledEmbedding, init_weights, vocabulary_logits
 from encore.model.vision import MultiModalProjector, VisionTower
 
 
@@ -32,7 +31,9 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
         if vision:
             if config.vision is None:
-                raise ValueError("vision=True, but the config describes no vision tower; load a checkpoint that has one")
+                raise ValueError(
+                    "vision=True, but the config describes no vision tower; load a checkpoint that has one"
+                )
             self.vision_tower = VisionTower(config.vision)
             self.multi_modal_projector = MultiModalProjector(config.vision, stack.hidden_size)
 
@@ -81,6 +82,4 @@ class Gemma(nn.Module):
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal(0, 0.02), norms zero."""
-        from encore.model.t5gemma import init_weights
-
         init_weights(self, generator)

@@ -1,7 +1,7 @@
 """The small parts of a Gemma layer (Gemma 2 report, section 2; Gemma 3 report, section 2).
 
-RMSNorm with scale (1 + w), the gated GELU feed-forward, the scaled embedding, and rotary positions. Norms and
-rotations run in float32 whatever the weights are in.
+RMSNorm with scale (1 + w), the gated GELU feed-forward, the scaled embedding and the head that shares its matrix, and
+rotary positions. Norms and rotations run in float32 whatever the weights are in.
 """
 
 from __future__ import annotations
@@ -93,3 +93,27 @@ def real_positions(
     if mask is None:
         return torch.arange(num_tokens, device=device)[None] + start
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + start
+
+
+def vocabulary_logits(
+    states: Float[Tensor, "*B D"], head_weight: Float[Tensor, "V D"], softcap: float | None
+) -> Float[Tensor, "*B V"]:
+    """states @ head', soft-capped in float32."""
+    logits = F.linear(states, head_weight)
+    if softcap is not None:
+        logits = (torch.tanh(logits.float() / softcap) * softcap).to(states.dtype)
+    return logits
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Matrices normal(0, 0.02), norm scales, biases and the end-of-image vector zero."""
+    zeros = {id(p) for m in model.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) in zeros or parameter.dim() == 1:
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1.0)

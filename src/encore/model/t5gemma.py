@@ -1,9 +1,9 @@
 """T5Gemma and T5Gemma 2 (arXiv 2504.06225, 2512.14856): encode, decode, forward.
 
-    memory = model.encode(source)                 # once per input
-    logits = model.decode(target, memory)         # all positions at once, for training and scoring
-    cache = model.make_cache(memory, max_target_tokens=100)
-    logits = model.decode(next_tokens, memory, cache)      # a few at a time, for generation
+memory = model.encode(source)                 # once per input
+logits = model.decode(target, memory)         # all positions at once, for training and scoring
+cache = model.make_cache(memory, max_target_tokens=100)
+logits = model.decode(next_tokens, memory, cache)      # a few at a time, for generation
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from encore.config import T5GemmaConfig
 from encore.model.cache import Cache
 from encore.model.decoder import Decoder
 from encore.model.encoder import Encoder, Memory
-from encore.model.layers import RMSNorm, ScaledEmbedding
+from encore.model.layers import ScaledEmbedding, init_weights, vocabulary_logits
 
 
 class T5Gemma(nn.Module):
@@ -87,9 +86,7 @@ class T5Gemma(nn.Module):
         positions: Int[Tensor, "#B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits after soft-capping. With a cache, takes the next tokens and updates it in place."""
-        states = self.decode_states(
-            decoder_input_tokens, memory, cache, decoder_mask=decoder_mask, positions=positions
-        )
+        states = self.decode_states(decoder_input_tokens, memory, cache, decoder_mask=decoder_mask, positions=positions)
         return self.logits(states)
 
     def logits(self, states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
@@ -118,27 +115,3 @@ class T5Gemma(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal(0, 0.02), norms zero."""
         init_weights(self, generator)
-
-
-def vocabulary_logits(
-    states: Float[Tensor, "*B D"], head_weight: Float[Tensor, "V D"], softcap: float | None
-) -> Float[Tensor, "*B V"]:
-    """states @ head', soft-capped in float32."""
-    logits = F.linear(states, head_weight)
-    if softcap is not None:
-        logits = (torch.tanh(logits.float() / softcap) * softcap).to(states.dtype)
-    return logits
-
-
-@torch.no_grad()
-def init_weights(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Matrices normal(0, 0.02), norm scales, biases and the end-of-image vector zero."""
-    zeros = {id(p) for m in model.modules() if isinstance(m, RMSNorm | nn.LayerNorm) for p in m.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) in zeros or parameter.dim() == 1:
-            parameter.zero_()
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1.0)

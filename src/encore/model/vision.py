@@ -1,7 +1,7 @@
 """The SigLIP tower and the projector into the encoder's width (Gemma 3 report, section 2.1).
 
-    pixels (N, 3, 896, 896) in [-1, 1] -> 4,096 patches -> 27 pre-LN layers -> average pool 4 x 4 -> 256 vectors
-    -> RMSNorm -> matrix -> (N, 256, D)
+pixels (N, 3, 896, 896) in [-1, 1] -> 4,096 patches -> 27 pre-LN layers -> average pool 4 x 4 -> 256 vectors
+-> RMSNorm -> matrix -> (N, 256, D)
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+        size = config.hidden_size
+        self.q_proj, self.k_proj = nn.Linear(size, size), nn.Linear(size, size)
+        self.v_proj, self.out_proj = nn.Linear(size, size), nn.Linear(size, size)
 
     def forward(self, x: Float[Tensor, "N P W"]) -> Float[Tensor, "N P W"]:
         q, k, v = (
-            getattr(self, name)(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for name in ("q_proj", "k_proj", "v_proj")
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
