@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(demo)
+    app.command(epilog="Example: encore demo --out encore-demo")(demo)
 
 
 def demo(
@@ -26,7 +26,6 @@ def demo(
 ) -> None:
     """Adapt the shipped small Gemma, continue it with UL2, tune it to translate, and compare it with its source.
 
-    Example: encore demo --out encore-demo
     """
     from dataclasses import replace
 

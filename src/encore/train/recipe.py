@@ -1,0 +1,277 @@
+"""A training run as data: frozen dataclasses <- TOML <- `--set train.steps=100`. No torch here.
+
+    [model]   what is trained        [optim]  how weights move
+    [data]    what is read           [train]  how long, how often, where
+
+An unknown key is an error that names the nearest known one; the resolved recipe is written beside each checkpoint.
+Recipes are made in Python too: `Recipe(objective="causal", data=DataRecipe(train=("text.jsonl",)))`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class ArchitectureRecipe:
+    """A model described here instead of by a folder or a preset. Field names are those of config.json."""
+
+    model_type: Literal["gemma2", "gemma3_text", "t5gemma", "t5gemma2"] = "gemma3_text"
+    vocab_size: int = 0  # 0: the tokenizer's
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 1
+    head_dim: int = 64
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] = ()  # (): the family's own pattern
+    sliding_window: int = 64
+    local_rope_theta: float = 10_000.0
+    global_rope_theta: float = 1_000_000.0  # Gemma 3; Gemma 2 uses local_rope_theta everywhere
+    global_rope_factor: float = 1.0
+    query_pre_attn_scalar: float = 0.0  # 0: head_dim
+    max_position_embeddings: int = 1024
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """`init` is a folder, a hub name, a preset or `asset:...`; if empty, `architecture` describes the model."""
+
+    init: str = ""
+    weights: Literal["load", "random"] = "load"  # "random": the configuration of `init`, fresh weights
+    tokenizer: str = ""  # "": the folder of `init`
+    architecture: ArchitectureRecipe = field(default_factory=ArchitectureRecipe)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Names are paths or `asset:...` (see `encore.data.sources`). `window_tokens` and the validation of windows serve
+    pretrain; keys, limits and `batch_tokens` serve tune."""
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    text_key: str = "text"
+    source_key: str = "src"
+    target_key: str = "tgt"
+    window_tokens: int = 256
+    max_tokens: int = 0  # of the training text, from its beginning; 0: all
+    validation_windows: int = 64
+    validation_pairs: int = 256
+    max_source_tokens: int = 256
+    max_target_tokens: int = 256
+    batch_tokens: int = 4096
+    cache_folder: str = ""  # "": $ENCORE_CACHE or ~/.cache/encore
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """AdamW; linear warm-up, then a cosine down to `final_learning_rate_fraction` of the peak."""
+
+    learning_rate: float = 1e-3
+    final_learning_rate_fraction: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_gradient_norm: float = 1.0
+    cross_attention_warmup_steps: int = 0  # so many first steps train the (randomly drawn) cross-attention only
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """`batch_size` counts windows per step (pretrain); tune fills batches up to data.batch_tokens instead."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulation_steps: int = 1
+    evaluate_every_steps: int = 100
+    checkpoint_every_steps: int = 100
+    log_every_steps: int = 1
+    keep_last: int = 2
+    divergence_nats: float = 3.0  # stop when the smoothed loss is so far above its best; 0: never
+    seed: int = 0
+    threads: int = 0  # 0: torch's own choice
+    device: str = "cpu"
+    precision: Precision = "auto"  # of the matrix products; weights and optimizer stay float32
+    output_dtype: Literal["float32", "bfloat16"] = "float32"  # of RUN/model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `objective`: "causal" (decoder-only), a name of `ul2.MIXTURES` (encoder-decoder), "pairs" (tune)."""
+
+    objective: str = "causal"
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+
+
+def load_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:
+    """Read a TOML file (None: all defaults), then apply `key=value` changes such as `train.steps=100`."""
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: not a TOML file: {error}") from error
+        except OSError as error:
+            raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from error
+    for change in changes:
+        _apply(table, change)
+    return recipe_from_table(table)
+
+
+def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
+    """Nested mappings, as read from TOML, to a Recipe; unknown keys and wrong types are ValueErrors."""
+    return cast("Recipe", _build(Recipe, table, ""))
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe with every value, as TOML that `load_recipe` reads back to an equal one."""
+    lines: list[str] = []
+    _dump(recipe, "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def differences(one: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ: {"train.steps": (100, 200)}."""
+    left, right = _flat(one), _flat(other)
+    return {key: (value, right[key]) for key, value in left.items() if value != right[key]}
+
+
+def known_keys() -> list[str]:
+    return list(_flat(Recipe()))
+
+
+def _apply(table: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {change}: expected key=value, for example train.steps=100")
+    *parents, leaf = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {change}: {parent} is a value, not a group of keys")
+    try:
+        table[leaf] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[leaf] = text  # a bare word: --set objective=causal
+
+
+def _build(kind: type[Any], table: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            near = _nearest(name, key)
+            raise ValueError(
+                f"unknown key {name}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(hints)}")
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} is a group of keys, got {value!r}; set one of them, for example {name}.…=…")
+            values[key] = _build(cast("type[Any]", hints[key]), cast("Mapping[str, Any]", value), f"{name}.")
+        else:
+            values[key] = _convert(hints[key], value, name)
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{name} is {value!r}; expected a list")
+        return tuple(_convert(item, entry, name) for entry in cast("Sequence[Any]", values))
+    if origin is types.UnionType:
+        raise TypeError(f"{name}: unions are not used in recipes")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{name} is {value!r}; expected {_KIND_NAMES[hint]}")
+    return value
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _nearest(name: str, leaf: str) -> str | None:
+    known = known_keys()
+    groups = sorted({key.rpartition(".")[0] for key in known if "." in key})
+    if close := difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.6):
+        return close[0]
+    by_leaf = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.6)
+    return by_leaf[close[0]] if close else None
+
+
+def _dump(value: Any, prefix: str, lines: list[str]) -> None:
+    nested = [f for f in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, f.name))]
+    for f in dataclasses.fields(value):
+        if f not in nested:
+            lines.append(f"{f.name} = {_toml(getattr(value, f.name))}")
+    for f in nested:
+        lines.extend(["", f"[{prefix}{f.name}]"])
+        _dump(getattr(value, f.name), f"{prefix}{f.name}.", lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(entry) for entry in cast('tuple[Any, ...]', value))}]"
+    return repr(value)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        entry = getattr(value, f.name)
+        found |= _flat(entry, f"{prefix}{f.name}.") if dataclasses.is_dataclass(entry) else {f"{prefix}{f.name}": entry}
+    return found
+
+
+_POSITIVE = (
+    *(f"train.{key}" for key in ("steps", "batch_size", "accumulation_steps", "log_every_steps", "keep_last")),
+    *(f"data.{key}" for key in ("window_tokens", "validation_windows", "validation_pairs", "batch_tokens")),
+    *("data.max_source_tokens", "data.max_target_tokens", "optim.epsilon", "optim.max_gradient_norm"),
+)
+
+
+def _check_positive(recipe: Recipe) -> None:
+    values = _flat(recipe)
+    for key in _POSITIVE:
+        if values[key] <= 0:
+            raise ValueError(f"{key} is {values[key]}; expected more than 0")
+    for key, value in values.items():
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{key} is {value}; expected 0 or more")
+    if recipe.optim.beta1 >= 1 or recipe.optim.beta2 >= 1:
+        raise ValueError(
+            f"optim.beta1 and beta2 are {recipe.optim.beta1} and {recipe.optim.beta2}; expected less than 1"
+        )
