@@ -42,9 +42,10 @@ def write(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> Path
 
 def test_licences_tokenizer_and_provenance_go_along(tmp_path: Path) -> None:
     source = write(tmp_path / "my source")
-    carried = ("LICENSE", "NOTICE.txt", "USAGE_POLICY.md", "Gemma_terms.html", "tokenizer.json", "encore.json")
+    carried = ("LICENSE", "NOTICE.txt", "USAGE_POLICY.md", "Gemma_terms.html", "tokenizer.json")
     for name in carried:
         (source / name).write_text(name)
+    (source / "encore.json").write_text('{"source_format": {"bos": true, "eos": false}, "sentinels": [6, 4]}')
     (source / "README.md").write_text("a card of the source")
     (source / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [1, 9], "top_k": 64, "cache_implementation": "hybrid"})
@@ -52,6 +53,8 @@ def test_licences_tokenizer_and_provenance_go_along(tmp_path: Path) -> None:
     adapt(source, tmp_path / "out", rope_factor=8)
     out = tmp_path / "out"
     assert all((out / name).read_text() == name for name in carried)
+    ours = json.loads((out / "encore.json").read_text())
+    assert ours == {"source_format": {"bos": True, "eos": True}, "sentinels": [6, 4]}
     assert not (out / "README.md").exists()
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 2, "eos_token_id": [1, 9], "pad_token_id": 0, "top_k": 64}

@@ -250,6 +250,7 @@ def adapt(
         write_json(staged / "generation_config.json", _generation_settings(folders["encoder"], planned.config))
         write_json(staged / PROVENANCE_FILE, provenance)
         copy_files(carried_files(folders["encoder"]), staged)
+        _store_source_format(staged)
         _copy_decoder_licences(folders["decoder"], staged)
     return Adaptation(
         out=os.fspath(out),
@@ -349,6 +350,15 @@ def _generation_settings(folder: Path, config: T5GemmaConfig) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     kept = {name: given[name] for name in _SAMPLING if given.get(name) is not None}
     return {**generation_settings(config), **kept}
+
+
+def _store_source_format(staged: Path) -> None:
+    """Sources are BOS, text, EOS from here on: Gemma has always seen a BOS first, and denoised inputs end in EOS."""
+    if not any((staged / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    path = staged / "encore.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, {**stored, "source_format": {"bos": True, "eos": True}})
 
 
 def _copy_decoder_licences(folder: Path, staged: Path) -> None:

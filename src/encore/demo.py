@@ -39,17 +39,26 @@ SHOWN = 5
 class Budget:
     """What each of the three gets. Steps, not seconds."""
 
-    pretrain_steps: int = 150
+    pretrain_steps: int = 60
     windows_per_step: int = 8
     window_tokens: int = 256
-    tune_steps: int = 320
+    text_tokens: int = 1_000_000
+    tune_steps: int = 120
     tune_batch_tokens: int = 2048
+    pairs: int = 20_000
     test_sentences: int = 200
     threads: int = 2
 
 
 SHORT = Budget(
-    pretrain_steps=3, windows_per_step=2, window_tokens=64, tune_steps=4, tune_batch_tokens=256, test_sentences=8
+    pretrain_steps=3,
+    windows_per_step=2,
+    window_tokens=64,
+    text_tokens=4_000,
+    tune_steps=4,
+    tune_batch_tokens=256,
+    pairs=100,
+    test_sentences=8,
 )
 """Seconds instead of minutes: for tests, and for a first look that everything runs."""
 
@@ -195,7 +204,7 @@ def _pretraining(model: ModelRecipe, objective: str, budget: Budget) -> Recipe:
     return Recipe(
         objective=objective,
         model=model,
-        data=DataRecipe(train=("asset:text/train",), window_tokens=budget.window_tokens),
+        data=DataRecipe(train=("asset:text/train",), max_tokens=budget.text_tokens, window_tokens=budget.window_tokens),
         optim=OptimRecipe(
             learning_rate=1e-3, warmup_steps=min(20, budget.pretrain_steps), final_learning_rate_fraction=0.1
         ),
@@ -218,6 +227,7 @@ def _tuning(model: ModelRecipe, budget: Budget) -> Recipe:
         model=model,
         data=DataRecipe(
             train=("asset:pairs/train",),
+            max_pairs=budget.pairs,
             validation=("asset:pairs/validation",),
             batch_tokens=budget.tune_batch_tokens,
             max_source_tokens=64,

@@ -6,15 +6,18 @@ import json
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import encore
-from encore.data.pipeline import prompt_tokens
+from encore.data.pipeline import TokenPair, pair_row, prompt_tokens
+from encore.generate.text import TextGenerator
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
-from encore.tokenizer import Tokenizer
+from encore.tokenizer import SourceFormat, Tokenizer
 from encore.train.metrics import Silent
+from encore.train.pretrain import pretrain
 from encore.train.sft import tune
 
 LETTERS = "abcdef"
@@ -58,3 +61,17 @@ def test_a_toy_task_is_learned_and_answers_end(tiny: Any, model_type: str) -> No
     assert isinstance(model, Gemma | T5Gemma)
     right = [answer(model, tokenizer, row["src"]) == tokenizer.encode_target(row["tgt"]) for row in rows[:20]]
     assert sum(right) >= 19
+
+    # The format is stored with the checkpoint, and generation reads sources as tuning wrote them.
+    pair = TokenPair(*(np.asarray(tokenizer.encode(text), np.int32) for text in ("a b", "g h")))
+    row = pair_row(pair, tokenizer, encoder=isinstance(model, T5Gemma))
+    tuned_on = row.source.tolist() if row.source is not None else [tokenizer.bos_id, *row.target[: row.prompt_tokens]]
+    generator = TextGenerator(model, tokenizer)
+    assert generator.reader(12).read("a b").tokens == tuned_on
+    told = [answer.text for answer in generator.generate([row["src"] for row in rows[:20]])]
+    assert sum(text == row["tgt"] for text, row in zip(told, rows, strict=False)) >= 19
+
+
+def test_a_causal_model_is_stored_without_eos_behind_its_prompt(tiny: Any) -> None:
+    result = pretrain(tiny.recipe("causal", "train.steps=1"), tiny.folder / "run", progress=Silent())
+    assert encore.load_tokenizer(result.model_folder).source_format == SourceFormat(bos=True, eos=False)

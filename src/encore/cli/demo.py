@@ -24,9 +24,7 @@ def demo(
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 = two, or fewer if there are fewer cores.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
-    """Adapt the shipped small Gemma, continue it with UL2, tune it to translate, and compare it with its source.
-
-    """
+    """Adapt the shipped small Gemma, continue it with UL2, tune it to translate, and compare it with its source."""
     from dataclasses import replace
 
     from encore.demo import SHORT, default_budget, run_demo

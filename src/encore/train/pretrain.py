@@ -23,7 +23,7 @@ from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
 from encore.objectives import ul2
 from encore.presets import PRESETS, layer_types, preset
-from encore.tokenizer import Tokenizer, load_tokenizer
+from encore.tokenizer import SourceFormat, Tokenizer, load_tokenizer
 from encore.train.loop import Evaluate, RunResult, fit
 from encore.train.loss import Model, mean_loss
 from encore.train.metrics import Progress
@@ -41,6 +41,8 @@ def pretrain(
     tokenizer = open_tokenizer(recipe.model)
     model = open_model(recipe.model, tokenizer, recipe.train.seed)
     objective = objective_named(recipe.objective, tokenizer, encoder=isinstance(model, T5Gemma))
+    if objective is causal:  # a causal LM goes on from its prompt: no EOS behind it
+        tokenizer = tokenizer.with_source_format(SourceFormat(bos=True, eos=False))
     train, fingerprint = _stream(recipe, recipe.data.train, tokenizer, recipe.data.max_tokens)
     settings, data = recipe.train, recipe.data
     batches = WindowBatches(

@@ -66,6 +66,7 @@ class DataRecipe:
     target_key: str = "tgt"
     window_tokens: int = 256
     max_tokens: int = 0  # of the training text, from its beginning; 0: all
+    max_pairs: int = 0  # of the training pairs, from their beginning; 0: all
     validation_windows: int = 64
     validation_pairs: int = 256
     max_source_tokens: int = 256

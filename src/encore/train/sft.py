@@ -9,13 +9,14 @@ Both kinds get the same pairs in the same batches, so that they can be compared.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 from encore.checkpoint.training import RunFolder
 from encore.data.pipeline import PairBatches, TokenPair, tokenize_pairs
 from encore.data.sources import pairs, tokenizer_fingerprint
 from encore.model.t5gemma import T5Gemma
-from encore.tokenizer import Tokenizer
+from encore.tokenizer import SourceFormat, Tokenizer
 from encore.train.loop import Evaluate, RunResult, fit
 from encore.train.loss import mean_loss
 from encore.train.metrics import Progress
@@ -34,7 +35,9 @@ def tune(
     tokenizer = open_tokenizer(recipe.model)
     model = open_model(recipe.model, tokenizer, recipe.train.seed)
     encoder = isinstance(model, T5Gemma)
-    train = _read(recipe.data, recipe.data.train, tokenizer)
+    if not encoder:  # the EOS is the boundary between source and target: no text contains it
+        tokenizer = tokenizer.with_source_format(SourceFormat(bos=True, eos=True))
+    train = _read(recipe.data, recipe.data.train, tokenizer, recipe.data.max_pairs)
     batches = PairBatches(
         train,
         tokenizer,
@@ -58,9 +61,9 @@ def tune(
     )
 
 
-def _read(recipe: DataRecipe, names: tuple[str, ...], tokenizer: Tokenizer) -> list[TokenPair]:
+def _read(recipe: DataRecipe, names: tuple[str, ...], tokenizer: Tokenizer, max_pairs: int = 0) -> list[TokenPair]:
     return tokenize_pairs(
-        pairs(names, recipe.source_key, recipe.target_key),
+        itertools.islice(pairs(names, recipe.source_key, recipe.target_key), max_pairs or None),
         tokenizer,
         max_source_tokens=recipe.max_source_tokens,
         max_target_tokens=recipe.max_target_tokens,
