@@ -24,6 +24,9 @@ from torch import Tensor
 MAX_SCORES = 1 << 22
 """Scores of one block of query rows, over batch and heads: 16 MB in float32, about the size of a shared cache."""
 
+HIDDEN = torch.finfo(torch.float32).min
+"""The score of a hidden key: finite, so that a row of nothing else is no NaN."""
+
 LONG = 1024
 """From this many queries on, an unwindowed part goes to the fused kernel of torch."""
 
@@ -73,7 +76,7 @@ def attend(
         out = _fused(q, parts[0])
         return out.permute(0, 3, 1, 2, 4).reshape(batch, num_rows, num_heads * head_dim)
 
-    block = _rows_per_block(batch * num_heads, num_rows, parts)
+    block = 1 if num_rows == 1 else _rows_per_block(batch * num_heads, num_rows, parts)
     blocks = [_block(q, slice(a, min(a + block, num_rows)), parts, softcap) for a in range(0, num_rows, block)]
     out = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3) if blocks else q
     return out.permute(0, 3, 1, 2, 4).reshape(batch, num_rows, num_heads * head_dim)
@@ -95,8 +98,8 @@ def _rows_per_block(rows_of_scores: int, num_rows: int, parts: Sequence[Keys]) -
 def _block(q: Tensor, rows: slice, parts: Sequence[Keys], softcap: float | None) -> Tensor:
     """Dense attention of one block of query rows: (B, K, G, t, E)."""
     q = q[:, :, :, rows]
-    batch, num_kv_heads, groups, num_rows, head_dim = q.shape
-    folded = q.reshape(batch, num_kv_heads, groups * num_rows, head_dim)
+    groups, num_rows = q.shape[2:4]
+    folded = q.flatten(2, 3)
     scores, values = [], []
     blind = False
     for part in parts:
@@ -104,22 +107,20 @@ def _block(q: Tensor, rows: slice, parts: Sequence[Keys], softcap: float | None)
         s = (folded @ part.k[:, :, keys].transpose(-1, -2)).float()
         if softcap is not None:
             s = torch.tanh(s / softcap) * softcap
-        s = s.unflatten(2, (groups, num_rows))
         hidden = part.visible.hidden(rows, keys)
         if hidden is not None:
-            s = s.masked_fill(hidden[:, None, None], torch.finfo(torch.float32).min)
+            s = s.unflatten(2, (groups, num_rows)).masked_fill(hidden[:, None, None], HIDDEN).flatten(2, 3)
         scores.append(s)
         values.append(part.v[:, :, keys])
         blind = blind or part.visible.may_be_blind
     joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     weights = torch.softmax(joined, dim=-1)
     if blind:  # a row that sees nothing has equal weights on hidden keys: make them zeros
-        weights = weights.masked_fill(joined == torch.finfo(torch.float32).min, 0.0)
-    out = None
-    for weight, v in zip(weights.split([v.shape[2] for v in values], dim=-1), values, strict=True):
-        o = weight.to(v.dtype).flatten(2, 3) @ v
-        out = o if out is None else out + o
-    assert out is not None
+        weights = weights.masked_fill(joined == HIDDEN, 0.0)
+    shares = (weights,) if len(values) == 1 else weights.split([v.shape[2] for v in values], dim=-1)
+    out = shares[0].to(values[0].dtype) @ values[0]
+    for share, v in zip(shares[1:], values[1:], strict=True):
+        out = out + share.to(v.dtype) @ v
     return out.unflatten(2, (groups, num_rows))
 
 

@@ -5,7 +5,7 @@
     MergedAttention   T5Gemma 2 decoder: the same weights read target and memory under one softmax (T5Gemma 2 paper,
                       section 2); memory keys are normed but not rotated
 
-`query_pre_attn_scalar ** -0.5` is put on the queries after rotation, so scores come out scaled.
+`query_pre_attn_scalar ** -0.5` is in the rotation of the queries (or put on unrotated ones), so scores come out scaled.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ KeysValues = tuple[Float[Tensor, "B K S E"], Float[Tensor, "B K S E"]]
 
 @dataclass(frozen=True)
 class SelfView:
-    """What a layer needs to know of its own tokens: their rotation, and what they see of each other and of the past."""
+    """What a layer needs to know of its own tokens: their rotation (that of queries scales them too), and what they see
+    of each other (`new`) and of the cached `past`. `new` None: one token, which is in the cache when it attends.
+    """
 
     rotation: Rotation
-    new: Visibility
+    query_rotation: Rotation
+    new: Visibility | None
     past: Visibility | None = None
     length: int = 0
 
@@ -56,8 +59,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
         if rotation is None:
             return (q * self.scale).transpose(1, 2)
-        cos, sin = rotation
-        return rotate(q, (cos * self.scale, sin * self.scale)).transpose(1, 2)
+        return rotate(q, rotation).transpose(1, 2)
 
     def keys_values(self, x: Float[Tensor, "B S D"], rotation: Rotation | None) -> KeysValues:
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
@@ -72,16 +74,18 @@ class SelfAttention(Attention):
         self, x: Float[Tensor, "B T D"], view: SelfView, cache: LayerCache | None = None, also: tuple[Keys, ...] = ()
     ) -> Float[Tensor, "B T D"]:
         """Attention over the past in `cache`, the tokens themselves, and `also` further parts."""
-        q = self.queries(x, view.rotation)
+        q = self.queries(x, view.query_rotation)
         k, v = self.keys_values(x, view.rotation)
-        parts = (Keys(k, v, view.new), *also)
-        if cache is not None:
-            if view.past is not None:
-                parts = (Keys(*cache.past(view.length), view.past), *parts)
-            out = attend(q, parts, softcap=self.softcap)
+        if cache is not None and view.new is None:  # one token: into the cache with it, and read all from there
             cache.append(view.length, k, v)
-        else:
-            out = attend(q, parts, softcap=self.softcap)
+            k, v = cache.past(view.length + 1)
+        parts = [] if view.new is None else [Keys(k, v, view.new)]
+        if cache is not None and view.past is not None:
+            past = (k, v) if view.new is None else cache.past(view.length)
+            parts.insert(0, Keys(*past, view.past))
+        out = attend(q, [*parts, *also], softcap=self.softcap)
+        if cache is not None and view.new is not None:
+            cache.append(view.length, k, v)
         return self.o_proj(out)
 
 

@@ -1,8 +1,8 @@
 """What decoding remembers: keys and values of the target so far, and of the memory, computed once.
 
-A global layer keeps every target token in a buffer made at the start. A local layer with window W keeps the last W-1
-in a ring: slot = index mod (W-1); the token being decoded is not in the ring while it attends, so with one new token
-everything in the ring is visible.
+A global layer keeps every target token in a buffer made at the start. A local layer with window W keeps the last W in a
+ring: slot = index mod W. A single new token is put over the oldest before it attends, so it sees the whole ring and
+needs no mask; several new ones attend to the ring as it was and to each other, and are written afterwards.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from encore.config import LayerType, StackConfig
-from encore.model.masks import Visibility, Window, decoder_window
+from encore.config import StackConfig
+from encore.model.masks import EVERYTHING, Visibility, Window, decoder_window
 
 
 class LayerCache:
@@ -39,7 +39,8 @@ class LayerCache:
         before_end = min(kept, capacity - start)
         for buffer, new in ((self.keys, keys[:, :, -kept:]), (self.values, values[:, :, -kept:])):
             buffer[:, :, start : start + before_end] = new[:, :, :before_end]
-            buffer[:, :, : kept - before_end] = new[:, :, before_end:]
+            if before_end < kept:
+                buffer[:, :, : kept - before_end] = new[:, :, before_end:]
 
 
 class Cache:
@@ -62,8 +63,7 @@ class Cache:
         self.next_position: int | Int[Tensor, "B 1"] = 0
         self.layers: list[LayerCache] = []
         for i, kind in enumerate(config.layer_types):
-            window = decoder_window(config, kind).left
-            capacity = max_tokens if window is None else min(window, max_tokens)
+            capacity = self._capacity(decoder_window(config, kind))
             shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
             keys = torch.zeros(shape, dtype=dtype, device=device)
             memory = memories[i] if memories is not None else None
@@ -86,24 +86,29 @@ class Cache:
         if mask is not None:
             self.mask[:, self.length : self.length + num_tokens] = mask
 
-    def past_visibility(self, window: Window, device: torch.device) -> Visibility | None:
-        """What the next tokens see of the kept ones."""
-        if self.length == 0:
+    def past_visibility(self, window: Window, num_new: int, device: torch.device) -> Visibility | None:
+        """What `num_new` next tokens see of the kept ones. A single one is kept before it looks: it sees all of them."""
+        single = num_new == 1
+        length = self.length + single
+        if length == 0:
             return None
-        capacity = self.max_tokens if window.left is None else min(window.left, self.max_tokens)
-        kept = min(self.length, capacity)
+        capacity = self._capacity(window)
+        mask = None if self.mask is None else self.mask[:, :length]
         index = None
-        mask = None if self.mask is None else self.mask[:, : self.length]
-        if self.length > capacity > 0:  # slot s holds the last index that is s modulo the capacity
-            slots = torch.arange(capacity, device=device)
-            index = self.length - 1 - (self.length - 1 - slots) % capacity
+        if length > capacity:  # slot s holds the last index that is s modulo the capacity
+            index = length - 1 - (length - 1 - torch.arange(capacity, device=device)) % capacity
             mask = None if mask is None else mask[:, index]
-        elif kept == 0:
-            return None
-        return Visibility(window, num_keys=kept, offset=self.length, key_mask=mask, key_index=index, device=device)
+        return Visibility(
+            EVERYTHING if single else window,
+            num_keys=min(length, capacity),
+            offset=self.length,
+            key_mask=mask,
+            key_index=None if single else index,
+            device=device,
+        )
 
-    def kinds(self) -> list[LayerType]:
-        return list(dict.fromkeys(self.config.layer_types))
+    def _capacity(self, window: Window) -> int:
+        return self.max_tokens if window.left is None else min(window.left + 1, self.max_tokens)
 
     def index_select(self, rows: Int[Tensor, " rows"]) -> None:
         """Keeps these rows of the batch, in this order (rows may repeat), in place."""

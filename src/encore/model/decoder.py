@@ -126,10 +126,12 @@ def self_views(
     mask: Bool[Tensor, "B T"] | None,
     cache: Cache | None,
     positions: Int[Tensor, "#B T"] | None,
+    groups: Int[Tensor, "B T"] | None = None,
 ) -> dict[LayerType, SelfView]:
     """How the new tokens of a causal stack see themselves and the cached past, for each kind of layer.
 
-    Positions count real tokens and go on from the cache, unless given.
+    Positions count real tokens and go on from the cache, unless given. `groups` says which new tokens belong to one
+    picture and so see each other both ways; the past lies to the left, where groups change nothing.
     """
     batch_size, num_tokens = x.shape[:2]
     start, length = 0, 0
@@ -142,9 +144,11 @@ def self_views(
     if cache is not None and num_tokens:
         cache.next_position = start + (num_tokens if mask is None else mask.sum(dim=1, keepdim=True))
     views: dict[LayerType, SelfView] = {}
-    for kind, rotation in rotations(stack, positions).items():
+    for kind, (rotation, query_rotation) in rotations(stack, positions).items():
         window = decoder_window(stack, kind)
-        new = Visibility(window, num_keys=num_tokens, key_mask=mask, device=x.device)
-        past = None if cache is None else cache.past_visibility(window, x.device)
-        views[kind] = SelfView(rotation, new, past, length)
+        new = None
+        if cache is None or num_tokens != 1:
+            new = Visibility(window, num_keys=num_tokens, key_mask=mask, group=groups, device=x.device)
+        past = None if cache is None else cache.past_visibility(window, num_tokens, x.device)
+        views[kind] = SelfView(rotation, query_rotation, new, past, length)
     return views

