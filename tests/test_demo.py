@@ -18,14 +18,19 @@ def test_short_demo_runs_end_to_end_and_repeats(tmp_path):
         assert 0 <= contestant["bleu"] <= 100
     losses = {c["name"]: c["validation_loss"] for c in result["contestants"]}
     assert losses["source"] != losses["adapted"] != losses["random"]
-    assert all({"input", "reference", "adapted", "source", "random", "shipped translator"} <= set(row) for row in result["answers"])
+    assert all(
+        {"input", "reference", "adapted", "source", "random", "shipped translator"} <= set(row)
+        for row in result["answers"]
+    )
     report = (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
     assert report.count("data:image/png;base64,") == 3
 
     again = subprocess.run([*command, str(tmp_path / "b")], capture_output=True, text=True, timeout=300)
     other = json.loads(again.stdout)
     for one, two in zip(result["contestants"], other["contestants"], strict=True):
-        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in two.items() if "seconds" not in k}
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in two.items() if "seconds" not in k
+        }
     assert result["answers"] == other["answers"]
 
     model = tmp_path / "a" / "adapted" / "tune" / "model"

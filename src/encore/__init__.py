@@ -16,6 +16,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from encore.checkpoint.hub import load_tokenizer as load_tokenizer
     from encore.checkpoint.pretrained import load as load
     from encore.checkpoint.pretrained import save as save
     from encore.config import GemmaConfig as GemmaConfig
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from encore.model.t5gemma import T5Gemma as T5Gemma
     from encore.presets import preset as preset
     from encore.tokenizer import Tokenizer as Tokenizer
-    from encore.tokenizer import load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOME_OF = {
     "T5GemmaConfig": "encore.config",
     "Tokenizer": "encore.tokenizer",
     "load": "encore.checkpoint.pretrained",
-    "load_tokenizer": "encore.tokenizer",
+    "load_tokenizer": "encore.checkpoint.hub",
     "preset": "encore.presets",
     "save": "encore.checkpoint.pretrained",
 }

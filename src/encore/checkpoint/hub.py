@@ -7,7 +7,9 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from encore import tokenizer
 from encore.checkpoint import CheckpointError
+from encore.tokenizer import Tokenizer
 
 CARRIED = (
     "generation_config.json",
@@ -60,6 +62,11 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return shipped[text]
     offer = f"; shipped models: {', '.join(sorted(shipped))}" if shipped else ""
     raise CheckpointError(f"there is no folder {text}, and it is no hub name (owner/name) either{offer}")
+
+
+def load_tokenizer(name_or_folder: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a folder, a shipped model or a hub name; raises as `resolve` and `encore.tokenizer` do."""
+    return tokenizer.load_tokenizer(resolve(name_or_folder))
 
 
 def shipped_models() -> dict[str, Path]:

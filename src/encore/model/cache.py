@@ -87,7 +87,7 @@ class Cache:
             self.mask[:, self.length : self.length + num_tokens] = mask
 
     def past_visibility(self, window: Window, num_new: int, device: torch.device) -> Visibility | None:
-        """What `num_new` next tokens see of the kept ones. A single one is kept before it looks: it sees all of them."""
+        """What `num_new` next tokens see of the kept ones. A single one is kept before it looks, and sees all."""
         single = num_new == 1
         length = self.length + single
         if length == 0:

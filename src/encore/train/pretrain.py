@@ -23,7 +23,7 @@ from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
 from encore.objectives import ul2
 from encore.presets import PRESETS, layer_types, preset
-from encore.tokenizer import SourceFormat, Tokenizer, load_tokenizer
+from encore.tokenizer import SourceFormat, Tokenizer
 from encore.train.loop import Evaluate, RunResult, fit
 from encore.train.loss import Model, mean_loss
 from encore.train.metrics import Progress
@@ -90,7 +90,7 @@ def open_tokenizer(recipe: ModelRecipe) -> Tokenizer:
     name = recipe.tokenizer or recipe.init
     if not name:
         raise ValueError("the recipe names no tokenizer; set model.tokenizer, for example to asset:tokenizer")
-    return load_tokenizer(resolve(name), resolve=hub.resolve)
+    return hub.load_tokenizer(resolve(name))
 
 
 def open_model(recipe: ModelRecipe, tokenizer: Tokenizer, seed: int) -> Model:
