@@ -11,27 +11,21 @@ from torch import Tensor, nn
 
 from encore.config import LayerType, StackConfig, T5GemmaConfig
 from encore.kernels.attention import Keys
-from encore.model.attention import CrossAttention, KeysValues, MergedAttention, SelfAttention, SelfView
+from encore.model.attention import CrossAttention, KeysValues, MergedAttention, SelfView
 from encore.model.cache import Cache, LayerCache
-from encore.model.encoder import Memory, check_tokens
-from encore.model.layers import GatedMLP, RMSNorm, ScaledEmbedding, real_positions, rotations
+from encore.model.encoder import GemmaLayer, Memory, check_tokens
+from encore.model.layers import RMSNorm, ScaledEmbedding, real_positions, rotations
 from encore.model.masks import EVERYTHING, Visibility, decoder_window
 
 
-class MergedLayer(nn.Module):
-    """T5Gemma 2: four norms and one attention, as in Gemma 3."""
+class MergedLayer(GemmaLayer):
+    """T5Gemma 2: the parts of a Gemma 3 layer, its attention reading target and memory."""
 
     def __init__(self, config: StackConfig, memory_size: int) -> None:
-        super().__init__()
         if memory_size != config.hidden_size:
             raise ValueError(f"merged attention needs a memory of width {config.hidden_size}, not {memory_size}")
-        size, eps = config.hidden_size, config.rms_norm_eps
+        super().__init__(config)
         self.self_attn = MergedAttention(config)
-        self.pre_self_attn_layernorm = RMSNorm(size, eps)
-        self.post_self_attn_layernorm = RMSNorm(size, eps)
-        self.mlp = GatedMLP(config)
-        self.pre_feedforward_layernorm = RMSNorm(size, eps)
-        self.post_feedforward_layernorm = RMSNorm(size, eps)
 
     def memory_keys_values(self, states: Float[Tensor, "B S D"]) -> KeysValues:
         return self.self_attn.memory_keys_values(states)
@@ -40,30 +34,21 @@ class MergedLayer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         view: SelfView,
+        cache: LayerCache | None,
         memory: KeysValues,
         memory_visible: Visibility,
-        cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        also = (Keys(*memory, memory_visible),)
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x), view, cache, also))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return self.feed_forward(self.attend(x, view, cache, (Keys(*memory, memory_visible),)))
 
 
-class CrossAttentionLayer(nn.Module):
-    """T5Gemma: cross-attention between self-attention and feed-forward, six norms."""
+class CrossAttentionLayer(GemmaLayer):
+    """T5Gemma: cross-attention, with norms of its own, between self-attention and feed-forward."""
 
     def __init__(self, config: StackConfig, memory_size: int) -> None:
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = SelfAttention(config)
-        self.pre_self_attn_layernorm = RMSNorm(size, eps)
-        self.post_self_attn_layernorm = RMSNorm(size, eps)
+        super().__init__(config)
         self.cross_attn = CrossAttention(config, memory_size)
-        self.pre_cross_attn_layernorm = RMSNorm(size, eps)
-        self.post_cross_attn_layernorm = RMSNorm(size, eps)
-        self.mlp = GatedMLP(config)
-        self.pre_feedforward_layernorm = RMSNorm(size, eps)
-        self.post_feedforward_layernorm = RMSNorm(size, eps)
+        self.pre_cross_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_cross_attn_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def memory_keys_values(self, states: Float[Tensor, "B S D"]) -> KeysValues:
         return self.cross_attn.memory_keys_values(states)
@@ -72,15 +57,13 @@ class CrossAttentionLayer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         view: SelfView,
+        cache: LayerCache | None,
         memory: KeysValues,
         memory_visible: Visibility,
-        cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x), view, cache))
-        x = x + self.post_cross_attn_layernorm(
-            self.cross_attn(self.pre_cross_attn_layernorm(x), memory, memory_visible)
-        )
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = self.attend(x, view, cache)
+        read = self.cross_attn(self.pre_cross_attn_layernorm(x), memory, memory_visible)
+        return self.feed_forward(x + self.post_cross_attn_layernorm(read))
 
 
 class Decoder(nn.Module):
@@ -114,7 +97,7 @@ class Decoder(nn.Module):
                 keys_values = layer_cache.memory
             else:
                 keys_values = layer.memory_keys_values(memory.states)  # pyright: ignore
-            x = layer(x, views[kind], keys_values, memory_visible, layer_cache)
+            x = layer(x, views[kind], layer_cache, keys_values, memory_visible)
         if cache is not None:
             cache.length += decoder_input_tokens.shape[1]
         return self.norm(x)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from encore.config import LayerType, StackConfig, T5GemmaConfig
+from encore.kernels.attention import Keys
 from encore.model.attention import SelfAttention, SelfView
 from encore.model.cache import LayerCache
 from encore.model.layers import GatedMLP, RMSNorm, ScaledEmbedding, real_positions, rotations
@@ -35,8 +36,8 @@ class Memory:
         return Memory(self.states.index_select(0, rows), mask)
 
 
-class SelfLayer(nn.Module):
-    """x += post(attention(pre(x))); x += post(mlp(pre(x))). The layer of Gemma and of both encoders."""
+class GemmaLayer(nn.Module):
+    """What every layer of the family has: x += post(attention(pre(x))) and x += post(mlp(pre(x)))."""
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
@@ -48,11 +49,22 @@ class SelfLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(size, eps)
         self.post_feedforward_layernorm = RMSNorm(size, eps)
 
+    def attend(
+        self, x: Float[Tensor, "B T D"], view: SelfView, cache: LayerCache | None, also: tuple[Keys, ...] = ()
+    ) -> Float[Tensor, "B T D"]:
+        return x + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x), view, cache, also))
+
+    def feed_forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class SelfLayer(GemmaLayer):
+    """The layer of Gemma and of both encoders."""
+
     def forward(
         self, x: Float[Tensor, "B T D"], view: SelfView, cache: LayerCache | None = None
     ) -> Float[Tensor, "B T D"]:
-        x = x + self.post_self_attn_layernorm(self.self_attn(self.pre_self_attn_layernorm(x), view, cache))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return self.feed_forward(self.attend(x, view, cache))
 
 
 class Encoder(nn.Module):
