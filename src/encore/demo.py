@@ -46,7 +46,7 @@ class Budget:
     tune_steps: int = 120
     tune_batch_tokens: int = 2048
     pairs: int = 20_000
-    test_sentences: int = 200
+    test_sentences: int = 500
     threads: int = 2
 
 
@@ -235,7 +235,7 @@ def _tuning(model: ModelRecipe, budget: Budget) -> Recipe:
             validation_pairs=min(128, 16 * budget.test_sentences),
         ),
         optim=OptimRecipe(
-            learning_rate=1e-3, warmup_steps=min(20, budget.tune_steps), final_learning_rate_fraction=0.05
+            learning_rate=2e-3, warmup_steps=min(20, budget.tune_steps), final_learning_rate_fraction=0.05
         ),
         train=TrainRecipe(
             steps=budget.tune_steps,

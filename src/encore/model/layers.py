@@ -32,6 +32,10 @@ class RMSNorm(nn.Module):
         return torch.addcmul(unit, unit, self.weight.float()).to(x.dtype)
 
 
+ROWS_AT_ONCE = 8192
+"""Longer inputs go through the feed-forward in pieces of so many tokens (where no gradient is kept)."""
+
+
 class GatedMLP(nn.Module):
     """down(gelu(gate(x)) * up(x)), tanh GELU, no biases."""
 
@@ -42,6 +46,8 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        if x.shape[1] > ROWS_AT_ONCE and not torch.is_grad_enabled():
+            return torch.cat([self.forward(piece) for piece in x.split(ROWS_AT_ONCE, dim=1)], dim=1)
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
