@@ -141,7 +141,7 @@ def _timed(run: Callable[[], Any]) -> float:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="270m-270m")
+    parser.add_argument("--model", default="t5gemma-2-270m-270m", help="a T5Gemma 2 preset")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--source", default="512,2048,8192", help="source lengths to encode")
     parser.add_argument("--batch", default="1,8", help="batch sizes to decode at 512 source tokens")
@@ -156,7 +156,8 @@ def main() -> None:
     if args.quick:
         args.source, args.batch = "512", "1"
     dtype = getattr(torch, args.dtype)
-    config = preset(f"t5gemma-2-{args.size}")
+    config = preset(args.model)
+    size = args.model.removeprefix("t5gemma-2-")
     assert isinstance(config, T5GemmaConfig)
     ours, theirs = build_ours(config, dtype), build_theirs(config, dtype)
     peer = f"transformers {args.dtype}"
@@ -174,7 +175,7 @@ def main() -> None:
         value, other = tokens / mine, tokens / peers
         row = Row(
             work,
-            args.size,
+            size,
             args.dtype,
             batch,
             source,
