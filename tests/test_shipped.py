@@ -17,7 +17,9 @@ from encore.train.loss import mean_loss
 
 
 def test_everything_shipped_fits() -> None:
-    sizes = {path.relative_to(assets.path()): path.stat().st_size for path in assets.path().rglob("*") if path.is_file()}
+    sizes = {
+        path.relative_to(assets.path()): path.stat().st_size for path in assets.path().rglob("*") if path.is_file()
+    }
     assert sum(sizes.values()) < 45e6
     for model in ("source", "translator"):
         assert sum(size for path, size in sizes.items() if path.parts[0] == model) < 16e6
