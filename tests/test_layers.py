@@ -20,6 +20,7 @@ WITHOUT_TORCH = (
     "encore.cli",
     "encore.config",
     "encore.generate.sampling",
+    "encore.images",
     "encore.objectives.denoise",
     "encore.objectives.ul2",
     "encore.presets",

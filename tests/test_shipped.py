@@ -7,8 +7,8 @@ import torch
 
 import encore
 from encore import assets
-from encore.data.pipeline import Windows, causal
 from encore.data.pipeline import WindowBatches as Batches
+from encore.data.pipeline import Windows, causal
 from encore.data.sources import token_stream
 from encore.evaluate.translation import SentencePair, evaluate_translation
 from encore.model.gemma import Gemma

@@ -147,6 +147,7 @@ def target_config(
             "both must share one tokenizer"
         )
     eos = source.extra.get("eos_token_id")
+    placeholder = source.image_token_index  # Gemma 3's, 262144, is the first id beyond the embedding as it is cut here
     return T5GemmaConfig(
         model_type=style,
         encoder=encoder_stack,
@@ -158,7 +159,7 @@ def target_config(
         bos_token_id=source.bos_token_id,
         boi_token_index=source.boi_token_index,
         eoi_token_index=source.eoi_token_index,
-        image_token_index=IMAGE_TOKEN,
+        image_token_index=placeholder if placeholder < encoder_stack.vocab_size else IMAGE_TOKEN,
         extra={"eos_token_id": eos} if isinstance(eos, list) else {},
     )
 

@@ -189,7 +189,7 @@ def test_a_source_that_is_too_long_fails_or_is_cut_aloud(encore_: Callable[..., 
 
 def test_a_decoder_only_model_continues_the_text(encore_: Callable[..., Result], gemma_folder: str) -> None:
     (row,) = rows(encore_("generate", "--json", TEXTS[0], *SHORT, "--model", gemma_folder))
-    assert row["source_tokens"] == len(encore.load_tokenizer(gemma_folder).encode(TEXTS[0], bos=True))
+    assert row["source_tokens"] == len(encore.load_tokenizer(gemma_folder).encode_source(TEXTS[0]))
     assert len(row["tokens"]) == 12
 
 

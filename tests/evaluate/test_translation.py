@@ -33,7 +33,10 @@ def test_answers_are_the_models_greedy_ones(name):
     model = (Gemma(config) if isinstance(config, GemmaConfig) else T5Gemma(config)).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     tokenizer = load_tokenizer(assets.path("tokenizer"))
-    pairs = [SentencePair("I am here.", ("Ich bin hier.",)), SentencePair("No, not now, Tom.", ("Nein.", "Nicht jetzt."))]
+    pairs = [
+        SentencePair("I am here.", ("Ich bin hier.",)),
+        SentencePair("No, not now, Tom.", ("Nein.", "Nicht jetzt.")),
+    ]
     counted = []
     result = evaluate_translation(model, tokenizer, pairs, max_target_tokens=6, on_batch=counted.append)
     assert sum(counted) == 2

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from encore.generate import decoding
-from encore.generate.decoding import generate, naive_generate, source_limit, stream
-from encore.generate.padding import by_length, check_ids, pad_rows
+from encore.generate.decoding import generate, naive_generate, stream
+from encore.generate.padding import by_length, pad_rows
 from encore.generate.request import Event, Generation
+from encore.generate.rows import check_ids, source_limit
 from encore.generate.sampling import SamplingSettings
 
 WINDOW = 6
@@ -102,12 +103,12 @@ def test_streaming_gives_the_same_tokens_as_they_come(tiny: Callable, kind: str)
 def test_closing_a_stream_stops_the_work(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("t5gemma2")
     steps: list[int] = []
-    advance = decoding._advance
-    monkeypatch.setattr(decoding, "_advance", lambda *a: (steps.append(1), advance(*a))[1])
+    advance = decoding.EncoderDecoderSteps.next
+    monkeypatch.setattr(decoding.EncoderDecoderSteps, "next", lambda *a: (steps.append(1), advance(*a))[1])
     events = stream(model, sources(4), GREEDY)
     assert [isinstance(next(events), Event) for _ in range(3)] == [True] * 3
     events.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(steps) == 2
+    assert len(steps) == 3
 
 
 @each_kind

@@ -53,7 +53,7 @@ def test_the_encoder_alone_gives_the_same(speaker: Callable, tokenizer: Tokenize
     encore.save(model, tmp_path / "model", tokenizer=tokenizer)
     encoder = encore.load(tmp_path / "model", part="encoder")
     assert isinstance(encoder, Encoder)
-    reader = SourceReader(tokenizer, max_tokens=64, encoder_decoder=True)
+    reader = SourceReader(tokenizer, max_tokens=64)
     texts = ["Good morning.", "", "The cat is asleep on the warm stove."] * 4
     found = list(embed_texts(encoder, reader, iter(texts), batch_size=2))
     assert len(found) == len(texts)

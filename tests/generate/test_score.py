@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from encore.generate import score as module
+from encore.generate import decoding as module
 from encore.generate.decoding import generate
 from encore.generate.sampling import SamplingSettings
 from encore.generate.score import score, score_texts

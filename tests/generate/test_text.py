@@ -13,7 +13,7 @@ from encore.generate.decoding import generate, naive_generate, stream
 from encore.generate.sampling import SamplingSettings
 from encore.generate.source import SourceCutWarning, SourceReader
 from encore.generate.text import TextGenerator
-from encore.tokenizer import Tokenizer
+from encore.tokenizer import SourceFormat, Tokenizer
 
 TEXTS = ["Good morning.", "", "The cat is asleep on the warm stove.", "Why?", "We saw them, but they did not see us."]
 DRAWN = SamplingSettings(temperature=1.5, seed=1, max_target_tokens=24, stop_ids=())
@@ -30,7 +30,7 @@ def test_answers_come_in_order_and_equal_the_oracle(speaker: Callable, tokenizer
     answers = list(TextGenerator(model, tokenizer).generate(TEXTS, DRAWN, batch_size=2))
     assert [answer.source.text for answer in answers] == TEXTS
     for text, answer in zip(TEXTS, answers, strict=True):
-        ids = tokenizer.encode_source(text) if kind == "t5gemma2" else tokenizer.encode(text, bos=True)
+        ids = tokenizer.encode_source(text)
         expected = naive_generate(model, ids, DRAWN, tokenizer=tokenizer)
         assert answer.source.tokens == ids
         assert answer.generation.tokens == expected.tokens
@@ -113,9 +113,8 @@ def test_chat_wraps_the_text_in_turns(speaker: Callable, tokenizer: Tokenizer) -
 LONG = " ".join(f"word number {i}." for i in range(40))
 
 
-def reader(tokenizer: Tokenizer, max_tokens: int, overflow: str, **more: bool) -> SourceReader:
-    settings = {"encoder_decoder": True, **more}
-    return SourceReader(tokenizer, max_tokens=max_tokens, overflow=overflow, **settings)  # pyright: ignore
+def reader(tokenizer: Tokenizer, max_tokens: int, overflow: str) -> SourceReader:
+    return SourceReader(tokenizer, max_tokens=max_tokens, overflow=overflow)  # pyright: ignore
 
 
 def test_too_long_is_an_error_that_says_what_to_do(tokenizer: Tokenizer) -> None:
@@ -125,19 +124,20 @@ def test_too_long_is_an_error_that_says_what_to_do(tokenizer: Tokenizer) -> None
         reader(tokenizer, count - 1, "error").read(LONG, 7)
 
 
-@pytest.mark.parametrize("encoder_decoder", [True, False])
-def test_cutting_keeps_the_end_asked_for_and_says_which(tokenizer: Tokenizer, encoder_decoder: bool) -> None:
+@pytest.mark.parametrize("eos", [True, False])
+def test_cutting_keeps_the_end_asked_for_and_says_which(tokenizer: Tokenizer, eos: bool) -> None:
+    tokenizer = tokenizer.with_source_format(SourceFormat(bos=True, eos=eos))
     whole = tokenizer.encode(LONG)
     with pytest.warns(SourceCutWarning, match=r"cut from its end, its beginning was kept"):
-        start = reader(tokenizer, 30, "keep-start", encoder_decoder=encoder_decoder).read(LONG)
+        start = reader(tokenizer, 30, "keep-start").read(LONG)
     with pytest.warns(SourceCutWarning, match=r"cut from its beginning, its end was kept"):
-        end = reader(tokenizer, 30, "keep-end", encoder_decoder=encoder_decoder).read(LONG)
-    frame = tokenizer.encode_source("") if encoder_decoder else [tokenizer.bos_id]
+        end = reader(tokenizer, 30, "keep-end").read(LONG)
+    frame = tokenizer.encode_source("")
     for source in (start, end):
         assert len(source.tokens) == 30
         assert source.num_tokens_cut == len(whole) + len(frame) - 30
         assert source.tokens[0] == tokenizer.bos_id
-        assert (source.tokens[-1] == tokenizer.eos_id) == encoder_decoder
+        assert (source.tokens[-1] == tokenizer.eos_id) == eos
     body = 30 - len(frame)
     assert start.tokens[1 : body + 1] == whole[:body]
     assert end.tokens[1 : body + 1] == whole[-body:]
@@ -149,7 +149,6 @@ def test_a_chat_keeps_its_turns_when_cut(tokenizer: Tokenizer, overflow: str) ->
     cutter = SourceReader(
         tokenizer,
         max_tokens=40,
-        encoder_decoder=True,
         chat=True,
         overflow=overflow,  # pyright: ignore
         warn=said.append,

@@ -1,11 +1,13 @@
-"""`encore generate`, `encore score`, `encore embed`: text in, text, numbers or vectors out.
+"""`encore generate`, `encore score`, `encore embed`: text (and pictures) in, text, numbers or vectors out.
 
-Texts are arguments or lines of stdin; one result for each, in order. stdout holds results and nothing else.
+Texts are arguments or lines of stdin; one result for each, in order. stdout holds results and nothing else. Pictures
+go with every text, so that several questions can be asked about one.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,11 +25,21 @@ if TYPE_CHECKING:
     from encore.generate.embed import Embedding
     from encore.generate.sampling import SamplingSettings
     from encore.generate.text import Answer, TextGenerator
+    from encore.images import PictureSource
 
 Item = TypeVar("Item")
 
 Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of stdin.", show_default=False)]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="Checkpoint folder, hub name or shipped model.")]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        help="Picture that goes with every text, at its <start_of_image> or else in front; may be repeated.",
+        show_default=False,
+    ),
+]
+Crops = Annotated[bool, typer.Option("--pan-and-scan", help="Read long pictures in crops too.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put each text into a user turn and let the model answer.")]
 MaxSource = Annotated[
     int | None, typer.Option(min=1, show_default="what the model has positions for", help="Most source tokens to read.")
@@ -61,6 +73,8 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="A JSON object per text: text, tokens, logprobs, finish_reason, timings.")
     ] = False,
+    image: Images = None,
+    pan_and_scan: Crops = False,
     chat: Chat = False,
     max_target_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token; above, tokens are drawn.")] = 0.0,
@@ -80,7 +94,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Write a target for each text: a translation, an answer, a continuation.
+    """Write a target for each text: a translation, an answer, a continuation, a caption.
 
     One text on a terminal is answered as it is written. With several texts each answer is one line, line breaks within
     it written as \\n; --json gives the exact text.
@@ -97,13 +111,15 @@ def generate(
         max_target_tokens=max_target_tokens,
         stop_strings=tuple(stop or ()),
     )
-    where, weights = _torch_settings(device, dtype, threads)
     from encore.generate.text import TextGenerator
+    from encore.images import PanAndScan, load_picture
 
+    pictures = [load_picture(path) for path in image or ()]
     generator = TextGenerator.load(
         model,
-        dtype=weights,
-        device=where,
+        vision=bool(pictures),
+        pan_and_scan=PanAndScan() if pan_and_scan else None,
+        **_how_to_run(model, device, dtype, threads),
         chat=chat,
         max_source_tokens=max_source_tokens,
         overflow=overflow,
@@ -114,10 +130,11 @@ def generate(
 
         settings = replace(settings, stop_ids=(*generator.tokenizer.stop_ids, *stop_id))
     if texts and len(texts) == 1 and not as_json and sys.stdout.isatty():
-        _stream(generator, texts[0], settings)
+        _stream(generator, texts[0], settings, pictures)
         return
     single = texts is not None and len(texts) == 1
-    answers = generator.generate(texts or _stdin_lines(), settings, batch_size=batch_size)
+    of_texts = itertools.repeat(pictures) if pictures else None
+    answers = generator.generate(texts or _stdin_lines(), settings, batch_size=batch_size, pictures=of_texts)
     for index, answer in enumerate(_with_progress(answers, texts)):
         if as_json:
             _print_json(_answer_row(index, answer))
@@ -147,14 +164,12 @@ def score(
     del seed
     if (source is None) != (target is None):
         raise ValueError("--source and --target belong together; give both, or JSON lines on stdin")
-    where, weights = _torch_settings(device, dtype, threads)
     from encore.generate.score import score_texts
     from encore.generate.text import TextGenerator
 
     scorer = TextGenerator.load(
         model,
-        dtype=weights,
-        device=where,
+        **_how_to_run(model, device, dtype, threads),
         chat=chat,
         max_source_tokens=max_source_tokens,
         overflow=overflow,
@@ -185,6 +200,8 @@ def embed(
         Literal["jsonl", "npz"], typer.Option("--format", help="JSON lines, or arrays for numpy.load.")
     ] = "jsonl",
     output: Annotated[Path | None, typer.Option("--output", "-o", show_default="stdout", help="File to write.")] = None,
+    image: Images = None,
+    pan_and_scan: Crops = False,
     chat: Chat = False,
     max_source_tokens: MaxSource = None,
     overflow: OverflowChoice = "error",
@@ -194,7 +211,7 @@ def embed(
     dtype: Dtype = "auto",
     seed: NoDrawSeed = None,
 ) -> None:
-    """Turn each text into a vector, or into one per token; only the encoder's weights are read.
+    """Turn each text (with its pictures) into a vector, or into one per token; only the encoder's weights are read.
 
     JSON lines: {"index", "tokens", "embedding"}. npz: `embeddings` (texts, width), or with --pooling none all states
     (tokens, width), text i in rows offsets[i] to offsets[i + 1]; `tokens` and `offsets` likewise.
@@ -202,29 +219,29 @@ def embed(
     del seed
     if file_format == "npz" and output is None and sys.stdout.isatty():
         raise ValueError("npz is binary; give --output FILE, or send stdout to a file")
-    where, weights = _torch_settings(device, dtype, threads)
     from encore.checkpoint.hub import resolve
-    from encore.checkpoint.pretrained import load
     from encore.generate.embed import embed_texts
-    from encore.generate.source import SourceReader
-    from encore.model.encoder import Encoder
+    from encore.generate.embed import load as load_encoder
+    from encore.generate.source import PictureFormat, SourceReader
+    from encore.images import PanAndScan, load_picture
     from encore.tokenizer import load_tokenizer
 
+    pictures = [load_picture(path) for path in image or ()]
     folder = resolve(model)
-    encoder = load(folder, dtype=weights, device=where, part="encoder")
-    assert isinstance(encoder, Encoder)
+    encoder = load_encoder(folder, vision=bool(pictures), **_how_to_run(model, device, dtype, threads))
     limit = encoder.config.encoder.max_position_embeddings
     reader = SourceReader(
         load_tokenizer(folder),
         max_tokens=min(limit, max_source_tokens or limit),
-        encoder_decoder=True,
         chat=chat,
         overflow=overflow,
+        picture_format=PictureFormat.of(encoder.config) if pictures else None,
+        pan_and_scan=PanAndScan() if pan_and_scan else None,
         warn=_warn,
     )
-    lines = texts or _stdin_lines()
-    items = embed_texts(encoder, reader, lines, pooling=pooling, normalise=normalise, batch_size=batch_size)
-    found = _with_progress(items, texts)
+    lines, of_texts = texts or _stdin_lines(), itertools.repeat(pictures) if pictures else None
+    how = {"pooling": pooling, "normalise": normalise, "batch_size": batch_size}
+    found = _with_progress(embed_texts(encoder, reader, lines, pictures=of_texts, **how), texts)
     if file_format == "npz":
         packed = _npz(list(found), pooled=pooling != "none")
         if output is None:
@@ -237,6 +254,21 @@ def embed(
         for index, item in enumerate(found):
             shortest = item.vectors.astype(str).astype(float)  # 0.1, not the 0.10000000149011612 nearest to it
             _print_json({"index": index, "tokens": item.tokens, "embedding": shortest.tolist()}, file)
+
+
+def _how_to_run(model: str, device: str, dtype: DtypeName, threads: int | None) -> dict[str, Any]:
+    """The options of a loader: of an exported folder its threads, without torch; else dtype and device."""
+    from encore.checkpoint.hub import resolve
+    from encore.export.manifest import is_exported
+
+    if is_exported(resolve(model)):
+        if device not in ("auto", "cpu") or dtype != "auto":
+            raise ValueError(
+                f"{model} is exported: it runs on the CPU, its weights as they are; leave --device, --dtype"
+            )
+        return {"threads": threads}
+    where, weights = _torch_settings(device, dtype, threads)
+    return {"dtype": weights, "device": where}
 
 
 def _torch_settings(device: str, dtype: DtypeName, threads: int | None) -> tuple[torch.device, torch.dtype | None]:
@@ -291,8 +323,8 @@ def _with_progress(items: Iterable[Item], texts: Sequence[object] | None) -> Ite
             progress.advance(task)
 
 
-def _stream(generator: TextGenerator, text: str, settings: SamplingSettings) -> None:
-    for event in generator.stream(text, settings):
+def _stream(generator: TextGenerator, text: str, settings: SamplingSettings, pictures: Sequence[PictureSource]) -> None:
+    for event in generator.stream(text, settings, pictures=pictures):
         print(event.text, end="", flush=True)
         if event.finish_reason == "length":
             note = f"\nencore: ended at {settings.max_target_tokens} tokens (--max-target-tokens)"

@@ -3,23 +3,25 @@
     T5Gemma   sources ─ encode once ─▶ Memory ─▶ decode(<bos>) ─▶ decode(id) ─▶ decode(id) …
     Gemma     prompts, padded on the left ─ one pass fills the cache ─▶ states(id) ─▶ states(id) …
 
-The head (the largest matrix) runs over the last position only. Each row samples, streams and stops by itself
-(`request.py`). Ended rows stay as padding until enough of the batch has ended to be worth copying the caches; the
-answer of a row does not depend on its neighbours.
+The head (the largest matrix) runs over the last position only. What becomes of the logits, row by row, is in `rows.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from encore.config import StackConfig
-from encore.generate.padding import check_ids, pad_rows
+from encore.data.batch import Batch, decoder_batch, encoder_decoder_batch
+from encore.generate.padding import PicturesOfRows, join_pictures, pad_rows
 from encore.generate.request import Event, Generation, Request
+from encore.generate.rows import Steps, make_requests, run_rows
 from encore.generate.sampling import Logits, SamplingSettings
+from encore.model.encoder import Encoder
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
 
@@ -28,25 +30,8 @@ if TYPE_CHECKING:
 
 Model = Gemma | T5Gemma
 
-WORTH_DROPPING = 0.25
-"""The share of ended rows at which the caches are copied without them: all copies together stay below 4 x one."""
-
-
-def target_stack(model: Model) -> StackConfig:
-    """The stack that writes: the decoder, or the only one."""
-    return model.config.decoder if isinstance(model, T5Gemma) else model.config.stack
-
-
-def source_limit(model: Model, max_target_tokens: int) -> int:
-    """The most source tokens the model has positions for, when up to `max_target_tokens` follow."""
-    limit = target_stack(model).max_position_embeddings
-    if max_target_tokens > limit:
-        raise ValueError(
-            f"max_target_tokens is {max_target_tokens}; the model has {limit} target positions: ask for fewer tokens"
-        )
-    if isinstance(model, T5Gemma):
-        return model.config.encoder.max_position_embeddings
-    return limit - max_target_tokens
+MAX_LOGITS = 1 << 25
+"""Logits held at a time: 128 positions at a vocabulary of 262,144, 128 MiB in float32."""
 
 
 def generate(
@@ -55,14 +40,16 @@ def generate(
     settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    pictures: PicturesOfRows = None,
 ) -> list[Generation]:
     """The targets of one batch of sources (prompts, for Gemma), in their order.
 
     `settings` is one for all or one for each row; rows with the same seed draw the same numbers. The tokenizer is
-    needed for text and stop strings, and gives the default stop ids; without it only `<eos>` stops.
+    needed for text and stop strings, and gives the default stop ids; without it only `<eos>` stops. `pictures` has an
+    entry for each source: the pixels (N, 3, size, size) of its N pictures, or None.
     """
-    requests = _requests(model, sources, settings, tokenizer)
-    for _ in _run(model, sources, requests):
+    requests = make_requests(model, sources, settings, tokenizer)
+    for _ in _run(model, sources, requests, pictures):
         pass
     return [request.result() for request in requests]
 
@@ -73,9 +60,10 @@ def stream(
     settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    pictures: PicturesOfRows = None,
 ) -> Iterator[Event]:
     """As `generate`, but gives every token as an event as soon as it is there; closing the iterator stops the work."""
-    return _run(model, sources, _requests(model, sources, settings, tokenizer))
+    return _run(model, sources, make_requests(model, sources, settings, tokenizer), pictures)
 
 
 def naive_generate(
@@ -84,153 +72,142 @@ def naive_generate(
     settings: SamplingSettings | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    pictures: PicturesOfRows = None,
 ) -> Generation:
     """One source, no cache, no batch: the whole target is read again for every token. The oracle of `generate`."""
-    (request,) = _requests(model, [source], settings, tokenizer)
+    (request,) = make_requests(model, [source], settings, tokenizer)
     device = model.head_weight.device
+    pixels = join_pictures(pictures, 1)
     with torch.inference_mode():
         while not request.finished:
             if isinstance(model, T5Gemma):
                 target = torch.tensor([[model.config.bos_token_id, *request.tokens]], device=device)
-                logits = model(torch.tensor([list(source)], device=device), target)
+                logits = model(torch.tensor([list(source)], device=device), target, pictures=pixels)
             else:
-                logits = model(torch.tensor([[*source, *request.tokens]], device=device))
+                logits = model(torch.tensor([[*source, *request.tokens]], device=device), pictures=pixels)
             request.accept(_as_numpy(logits)[0])
     return request.result()
 
 
-def _requests(
-    model: Model,
-    sources: Sequence[Sequence[int]],
-    settings: SamplingSettings | Sequence[SamplingSettings] | None,
-    tokenizer: Tokenizer | None,
-) -> list[Request]:
-    if settings is None or isinstance(settings, SamplingSettings):
-        settings = [settings or SamplingSettings()] * len(sources)
-    if len(settings) != len(sources):
-        raise ValueError(f"{len(settings)} settings for {len(sources)} sources; give one for all, or one for each")
-    check_ids(sources, _source_vocabulary(model), "source")
-    encoder_decoder = isinstance(model, T5Gemma)
-    requests: list[Request] = []
-    for row, (source, chosen) in enumerate(zip(sources, settings, strict=True)):
-        limit = source_limit(model, chosen.max_target_tokens)
-        if len(source) > limit:
-            raise ValueError(
-                f"source {row} has {len(source)} tokens; the model takes {limit}"
-                + ("" if encoder_decoder else f" when up to {chosen.max_target_tokens} are to follow")
-                + ": shorten it"
-            )
-        if not encoder_decoder and not source:
-            raise ValueError(f"source {row} is empty; a decoder-only model needs a token to start from, such as <bos>")
-        requests.append(
-            Request(
-                row,
-                chosen,
-                stop_ids=tokenizer.stop_ids if tokenizer else (model.config.eos_token_id,),
-                seen=(model.config.bos_token_id,) if encoder_decoder else source,
-                decoder=tokenizer.streamer() if tokenizer else None,
-            )
+@torch.inference_mode()
+def log_probabilities(
+    model: Model, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """log p of each target's ids after its source's: one forward pass.
+
+    The head runs over the target's positions only, some at a time, so that no (B, T, V) tensor is held.
+    """
+    ids = {"bos_id": model.config.bos_token_id, "pad_id": model.config.pad_token_id}
+    device = model.head_weight.device
+    if isinstance(model, T5Gemma):
+        batch = encoder_decoder_batch(sources, targets, **ids).to(device)
+        assert batch.encoder_input_tokens is not None
+        states = model.states(
+            batch.encoder_input_tokens, batch.decoder_input_tokens, batch.encoder_mask, batch.decoder_mask
         )
-    return requests
+    else:
+        rows = [[*source, *target] for source, target in zip(sources, targets, strict=True)]
+        batch = decoder_batch(rows, [len(source) for source in sources], **ids).to(device)
+        states = model.states(batch.decoder_input_tokens, batch.decoder_mask)
+    values = _target_log_probabilities(model, states, batch)
+    return [part.tolist() for part in values.split([len(target) for target in targets])]
 
 
-def _source_vocabulary(model: Model) -> int:
-    return (model.config.encoder if isinstance(model, T5Gemma) else model.config.stack).vocab_size
+def _target_log_probabilities(model: Model, states: Tensor, batch: Batch) -> Tensor:
+    """Those of the positions with weight, one row of the batch after the other, on the CPU."""
+    scored = batch.decoder_loss_weights > 0
+    positions, tokens = states[scored], batch.decoder_target_tokens[scored]
+    step = max(1, MAX_LOGITS // model.head_weight.shape[0])
+    parts: list[Tensor] = []
+    for start in range(0, len(tokens), step):
+        logits = model.logits(positions[start : start + step]).float()
+        chosen = logits.gather(1, tokens[start : start + step, None])[:, 0]
+        parts.append((chosen - logits.logsumexp(dim=1)).cpu())
+    return torch.cat(parts)
 
 
-class Steps(Protocol):
-    """A batch of targets being decoded; all methods speak of its current rows."""
-
-    def first(self) -> Tensor:
-        """Logits (B, 1, V) of the first new token."""
-        ...
-
-    def next(self, tokens: Tensor) -> Tensor:
-        """Logits (B, 1, V) after these tokens (B, 1)."""
-        ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all other rows."""
-        ...
+@torch.inference_mode()
+def encoder_states(
+    model: Encoder | T5Gemma, sources: Sequence[Sequence[int]], pictures: PicturesOfRows = None
+) -> list[NDArray[np.float32]]:
+    """The states (S, D) of each source, without padding."""
+    encoder = model.encoder if isinstance(model, T5Gemma) else model
+    device = encoder.embed_tokens.weight.device
+    tokens, mask = pad_rows(sources, encoder.config.pad_token_id, side="right", device=device)
+    states = encoder(tokens, mask, pictures=join_pictures(pictures, len(sources))).states.float().cpu().numpy()
+    return [states[row, : len(source)] for row, source in enumerate(sources)]
 
 
 class EncoderDecoderSteps:
     """T5Gemma: sources are encoded once, and their keys and values computed once, into the cache."""
 
-    def __init__(self, model: T5Gemma, sources: Sequence[Sequence[int]], max_target_tokens: int) -> None:
+    @torch.inference_mode()
+    def __init__(
+        self, model: T5Gemma, sources: Sequence[Sequence[int]], pictures: Tensor | None, max_target_tokens: int
+    ) -> None:
         self.model = model
         tokens, mask = pad_rows(sources, model.config.pad_token_id, side="right", device=model.head_weight.device)
-        self.memory = model.encode(tokens, mask)
+        self.memory = model.encode(tokens, mask, pictures=pictures)
         self.cache = model.make_cache(self.memory, max_target_tokens)
 
-    def first(self) -> Tensor:
-        states = self.memory.states
-        return self.next(states.new_full((states.shape[0], 1), self.model.config.bos_token_id, dtype=torch.long))
+    def first(self) -> list[Logits]:
+        return self.next([self.model.config.bos_token_id] * self.memory.states.shape[0])
 
-    def next(self, tokens: Tensor) -> Tensor:
-        return self.model.decode(tokens, self.memory, self.cache)
+    @torch.inference_mode()
+    def next(self, tokens: Sequence[int]) -> list[Logits]:
+        return _as_numpy(self.model.decode(_column(self.model, tokens), self.memory, self.cache))
 
-    def keep(self, rows: Tensor) -> None:
-        self.memory = self.memory.index_select(rows)
-        self.cache.index_select(rows)
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        chosen = torch.tensor(rows, device=self.model.head_weight.device)
+        self.memory = self.memory.index_select(chosen)
+        self.cache.index_select(chosen)
 
 
 class DecoderOnlySteps:
     """Gemma: prompts end at the same column, so that every row's next token is the next column."""
 
-    def __init__(self, model: Gemma, sources: Sequence[Sequence[int]], max_target_tokens: int) -> None:
+    @torch.inference_mode()
+    def __init__(
+        self, model: Gemma, sources: Sequence[Sequence[int]], pictures: Tensor | None, max_target_tokens: int
+    ) -> None:
         self.model = model
+        self.pictures = pictures
         self.prompts, self.mask = pad_rows(
             sources, model.config.pad_token_id, side="left", device=model.head_weight.device
         )
         # The last token that is written is never read again.
         self.cache = model.make_cache(len(sources), self.prompts.shape[1] + max_target_tokens - 1)
 
-    def first(self) -> Tensor:
-        return self.model.logits(self.model.states(self.prompts, self.mask, self.cache)[:, -1:])
+    @torch.inference_mode()
+    def first(self) -> list[Logits]:
+        states = self.model.states(self.prompts, self.mask, self.cache, pictures=self.pictures)
+        return _as_numpy(self.model.logits(states[:, -1:]))
 
-    def next(self, tokens: Tensor) -> Tensor:
-        return self.model.logits(self.model.states(tokens, None, self.cache))
+    @torch.inference_mode()
+    def next(self, tokens: Sequence[int]) -> list[Logits]:
+        return _as_numpy(self.model.logits(self.model.states(_column(self.model, tokens), None, self.cache)))
 
-    def keep(self, rows: Tensor) -> None:
-        self.cache.index_select(rows)
-
-
-def _run(model: Model, sources: Sequence[Sequence[int]], requests: Sequence[Request]) -> Iterator[Event]:
-    if not requests:
-        return
-    steps, logits = _start(model, sources, max(r.settings.max_target_tokens for r in requests))
-    batch = list(requests)
-    while True:
-        for request, row_logits in zip(batch, logits, strict=True):
-            if not request.finished:
-                yield request.accept(row_logits)
-        running = [row for row, request in enumerate(batch) if not request.finished]
-        if not running:
-            return
-        dropped = len(running) <= (1 - WORTH_DROPPING) * len(batch)
-        if dropped:
-            batch = [batch[row] for row in running]
-        pad = model.config.pad_token_id
-        following = [pad if request.finished else request.tokens[-1] for request in batch]
-        logits = _advance(steps, following, running if dropped else None, model.head_weight.device)
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        self.cache.index_select(torch.tensor(rows, device=self.model.head_weight.device))
 
 
-@torch.inference_mode()
-def _start(model: Model, sources: Sequence[Sequence[int]], max_target_tokens: int) -> tuple[Steps, list[Logits]]:
-    steps: Steps
-    if isinstance(model, T5Gemma):
-        steps = EncoderDecoderSteps(model, sources, max_target_tokens)
-    else:
-        steps = DecoderOnlySteps(model, sources, max_target_tokens)
-    return steps, _as_numpy(steps.first())
+def _run(
+    model: Model, sources: Sequence[Sequence[int]], requests: Sequence[Request], pictures: PicturesOfRows
+) -> Iterator[Event]:
+    pixels = join_pictures(pictures, len(sources))
+
+    def start(max_target_tokens: int) -> Steps:
+        if isinstance(model, T5Gemma):
+            return EncoderDecoderSteps(model, sources, pixels, max_target_tokens)
+        return DecoderOnlySteps(model, sources, pixels, max_target_tokens)
+
+    return run_rows(start, requests, model.config.pad_token_id)
 
 
-@torch.inference_mode()
-def _advance(steps: Steps, following: list[int], keep: list[int] | None, device: torch.device) -> list[Logits]:
-    if keep is not None:
-        steps.keep(torch.tensor(keep, device=device))
-    return _as_numpy(steps.next(torch.tensor(following, device=device)[:, None]))
+def _column(model: Model, tokens: Sequence[int]) -> Tensor:
+    return torch.tensor(tokens, device=model.head_weight.device)[:, None]
 
 
 def _as_numpy(logits: Tensor) -> list[Logits]:

@@ -1,15 +1,20 @@
-"""Rows of unequal length -> one tensor of ids and a mask of what is real."""
+"""Rows of unequal length -> one tensor of ids and a mask of what is real. torch only where a tensor is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from encore.images import Pixels
 
 Item = TypeVar("Item")
+PicturesOfRows: TypeAlias = "Sequence[Pixels | None] | None"
+"""For each row the pixels (N, 3, size, size) of its pictures, or None; None for text only."""
 
 
 def pad_rows(
@@ -22,6 +27,8 @@ def pad_rows(
             [0, 7]]), tensor([[ True,  True],
             [False,  True]]))
     """
+    import torch
+
     length = max([1, *map(len, rows)])
     padding = [[pad_id] * (length - len(row)) for row in rows]
     pairs = list(zip(rows, padding, strict=True))
@@ -42,12 +49,11 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
         yield order[start : start + batch_size]
 
 
-def check_ids(rows: Sequence[Sequence[int]], vocab_size: int, what: str) -> None:
-    """Refuses ids that the embedding does not have, before they become an index error deep inside."""
-    for i, row in enumerate(rows):
-        for token in row:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"{what} {i} holds the id {token}; the model has ids 0 to {vocab_size - 1}: "
-                    "use the tokenizer that belongs to the model"
-                )
+def join_pictures(pictures: PicturesOfRows, num_rows: int) -> Float[Tensor, "N C size size"] | None:
+    """The pictures of all rows in the order of the rows; None if there are none."""
+    import torch
+
+    if pictures is not None and len(pictures) != num_rows:
+        raise ValueError(f"pictures has {len(pictures)} entries for {num_rows} sources; give one (or None) for each")
+    found = [torch.as_tensor(pixels) for pixels in pictures or () if pixels is not None and len(pixels)]
+    return torch.cat(found) if found else None

@@ -1,6 +1,6 @@
 """How probable a target is, given a source: log p(target | source), token by token.
 
-One forward pass; the head runs over the target's positions only, some at a time, so that no (B, T, V) tensor is held.
+Torch needs one forward pass, an exported model a step per target token. No torch here (`backends.py`).
 """
 
 from __future__ import annotations
@@ -9,18 +9,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from encore.data.batch import Batch, decoder_batch, encoder_decoder_batch
-from encore.generate.decoding import Model, target_stack
-from encore.generate.padding import by_length, check_ids
+from encore.config import T5GemmaConfig
+from encore.generate.backends import backend_of
+from encore.generate.padding import by_length
+from encore.generate.rows import HasConfig, check_ids, source_stack, target_stack
 from encore.generate.source import SourceReader
-from encore.model.t5gemma import T5Gemma
 from encore.tokenizer import Tokenizer
-
-MAX_LOGITS = 1 << 25
-"""Logits held at a time: 128 positions at a vocabulary of 262,144, 128 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class Score:
 
 
 def score(
-    model: Model,
+    model: HasConfig,
     sources: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
     *,
@@ -53,25 +47,30 @@ def score(
     """
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} sources and {len(targets)} targets; each source needs its target")
-    encoder_decoder = isinstance(model, T5Gemma)
+    encoder_decoder = isinstance(model.config, T5GemmaConfig)
     bos = model.config.bos_token_id
     if not encoder_decoder:
         sources = [source[1:] if source[:1] == [bos] else source for source in map(list, sources)]
-    check_ids(sources, model.config.encoder.vocab_size if encoder_decoder else target_stack(model).vocab_size, "source")
+    check_ids(sources, source_stack(model).vocab_size, "source")
     check_ids(targets, target_stack(model).vocab_size, "target")
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         _check_lengths(model, len(source), len(target), i)
     scores: dict[int, Score] = {}
     lengths = [[*source, *target] for source, target in zip(sources, targets, strict=True)]
     for rows in by_length(lengths, batch_size):
-        chosen = [(list(sources[row]), list(targets[row])) for row in rows]
-        for row, values in zip(rows, _score_batch(model, chosen), strict=True):
+        chosen = [list(sources[row]) for row in rows], [list(targets[row]) for row in rows]
+        for row, values in zip(rows, backend_of(model).log_probabilities(model, *chosen), strict=True):
             scores[row] = Score(list(targets[row]), values)
     return [scores[row] for row in range(len(targets))]
 
 
 def score_texts(
-    model: Model, tokenizer: Tokenizer, reader: SourceReader, pairs: Iterable[tuple[str, str]], *, batch_size: int = 8
+    model: HasConfig,
+    tokenizer: Tokenizer,
+    reader: SourceReader,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    batch_size: int = 8,
 ) -> Iterator[Score]:
     """One score per (source, target) of texts, in order. The target's `<eos>` is scored as its last token.
 
@@ -93,46 +92,14 @@ def score_texts(
     yield from flush()
 
 
-def _check_lengths(model: Model, source: int, target: int, number: int) -> None:
+def _check_lengths(model: HasConfig, source: int, target: int, number: int) -> None:
     limit = target_stack(model).max_position_embeddings
     if not target:
         raise ValueError(f"target {number} has no tokens; there is nothing to score")
-    if isinstance(model, T5Gemma):
+    if isinstance(model.config, T5GemmaConfig):
         found = {"source": (source, model.config.encoder.max_position_embeddings), "target": (target, limit)}
     else:
         found = {"source with target": (source + target, limit)}
     for what, (length, allowed) in found.items():
         if length > allowed:
             raise ValueError(f"{what} {number} has {length} tokens; the model has {allowed} positions: shorten it")
-
-
-@torch.inference_mode()
-def _score_batch(model: Model, pairs: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
-    sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
-    ids = {"bos_id": model.config.bos_token_id, "pad_id": model.config.pad_token_id}
-    device = model.head_weight.device
-    if isinstance(model, T5Gemma):
-        batch = encoder_decoder_batch(sources, targets, **ids).to(device)
-        assert batch.encoder_input_tokens is not None
-        states = model.states(
-            batch.encoder_input_tokens, batch.decoder_input_tokens, batch.encoder_mask, batch.decoder_mask
-        )
-    else:
-        rows = [[*source, *target] for source, target in pairs]
-        batch = decoder_batch(rows, [len(source) for source in sources], **ids).to(device)
-        states = model.states(batch.decoder_input_tokens, batch.decoder_mask)
-    values = _target_log_probabilities(model, states, batch)
-    return [part.tolist() for part in values.split([len(target) for target in targets])]
-
-
-def _target_log_probabilities(model: Model, states: Tensor, batch: Batch) -> Tensor:
-    """Those of the positions with weight, one row of the batch after the other, on the CPU."""
-    scored = batch.decoder_loss_weights > 0
-    positions, tokens = states[scored], batch.decoder_target_tokens[scored]
-    step = max(1, MAX_LOGITS // model.head_weight.shape[0])
-    parts: list[Tensor] = []
-    for start in range(0, len(tokens), step):
-        logits = model.logits(positions[start : start + step]).float()
-        chosen = logits.gather(1, tokens[start : start + step, None])[:, 0]
-        parts.append((chosen - logits.logsumexp(dim=1)).cpu())
-    return torch.cat(parts)

@@ -3,28 +3,36 @@
     generator = TextGenerator.load("translator")
     [answer.text for answer in generator.generate(["Good morning."])]      # ["Guten Morgen."]
 
+    seeing = TextGenerator.load(folder, vision=True)
+    seeing.generate(["What is this?"], pictures=[["photo.jpg"]])
+
 Any number of texts is read as a stream, and answered in order.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from encore.checkpoint.hub import resolve
-from encore.checkpoint.pretrained import load
-from encore.generate.decoding import Model, generate, source_limit, stream
+from encore.export.manifest import is_exported
+from encore.generate.backends import backend_of
+from encore.generate.onnx_backend import OnnxModel
 from encore.generate.padding import by_length
 from encore.generate.request import Event, Generation
+from encore.generate.rows import source_limit
 from encore.generate.sampling import SamplingSettings
-from encore.generate.source import Overflow, Source, SourceReader
-from encore.model.encoder import Encoder
-from encore.model.t5gemma import T5Gemma
+from encore.generate.source import Overflow, PictureFormat, Source, SourceReader, with_pictures
 from encore.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from encore.generate.decoding import Model
+    from encore.images import PanAndScan, PictureSource
 
 BATCHES_AHEAD = 4
 """How many batches of texts are read ahead, to put those of like length together."""
@@ -47,12 +55,13 @@ class TextGenerator:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | OnnxModel,
         tokenizer: Tokenizer,
         *,
         chat: bool = False,
         max_source_tokens: int | None = None,
         overflow: Overflow = "error",
+        pan_and_scan: PanAndScan | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
@@ -60,6 +69,7 @@ class TextGenerator:
         self.chat = chat
         self.max_source_tokens = max_source_tokens
         self.overflow: Overflow = overflow
+        self.pan_and_scan = pan_and_scan
         self.warn = warn
 
     @classmethod
@@ -69,56 +79,96 @@ class TextGenerator:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        vision: bool = False,
         chat: bool = False,
         max_source_tokens: int | None = None,
         overflow: Overflow = "error",
+        pan_and_scan: PanAndScan | None = None,
         warn: Callable[[str], None] | None = None,
+        threads: int | None = None,
     ) -> TextGenerator:
-        """From a checkpoint folder that holds its tokenizer."""
-        folder = resolve(name_or_folder)
-        model = load(folder, dtype=dtype, device=device)
-        assert not isinstance(model, Encoder)  # part="all"
-        tokenizer = load_tokenizer(folder)
-        return cls(model, tokenizer, chat=chat, max_source_tokens=max_source_tokens, overflow=overflow, warn=warn)
+        """From a checkpoint folder that holds its tokenizer, or from an exported one, which needs no torch.
 
-    def reader(self, max_target_tokens: int) -> SourceReader:
-        """What makes sources of texts, when up to this many target tokens are to follow."""
+        `vision` loads the tower that pictures need. It, `dtype` and `device` are for checkpoints, `threads` is for
+        exported folders (torch has a setting of its own).
+        """
+        folder = resolve(name_or_folder)
+        model: Model | OnnxModel
+        if is_exported(folder):
+            if dtype is not None or str(device) != "cpu":
+                raise ValueError(
+                    f"{folder} is exported: it runs on the CPU with its own weights; set no dtype or device"
+                )
+            if vision:
+                raise ValueError(f"{folder} is exported: it reads text only; give the checkpoint it was made from")
+            model = OnnxModel.load(folder, threads=threads)
+        else:
+            from encore.checkpoint.pretrained import load
+            from encore.model.encoder import Encoder
+
+            loaded = load(folder, dtype=dtype, device=device, vision=vision)
+            assert not isinstance(loaded, Encoder)  # part="all"
+            model = loaded
+        return cls(
+            model,
+            load_tokenizer(folder),
+            chat=chat,
+            max_source_tokens=max_source_tokens,
+            overflow=overflow,
+            pan_and_scan=pan_and_scan,
+            warn=warn,
+        )
+
+    def reader(self, max_target_tokens: int, *, pictures: bool = False) -> SourceReader:
+        """What makes sources of texts (and of pictures), when up to this many target tokens are to follow."""
         limit = source_limit(self.model, max_target_tokens)
         return SourceReader(
             self.tokenizer,
             max_tokens=limit if self.max_source_tokens is None else min(limit, self.max_source_tokens),
-            encoder_decoder=isinstance(self.model, T5Gemma),
             chat=self.chat,
             overflow=self.overflow,
+            picture_format=PictureFormat.of(self.model.config) if pictures else None,
+            pan_and_scan=self.pan_and_scan,
             warn=self.warn,
         )
 
-    def stream(self, text: str, settings: SamplingSettings | None = None) -> Iterator[Event]:
+    def stream(
+        self, text: str, settings: SamplingSettings | None = None, *, pictures: Sequence[PictureSource] = ()
+    ) -> Iterator[Event]:
         """The tokens and pieces of text for one text, as they come."""
         settings = settings or SamplingSettings()
-        source = self.reader(settings.max_target_tokens).read(text)
-        return stream(self.model, [source.tokens], settings, tokenizer=self.tokenizer)
+        source = self.reader(settings.max_target_tokens, pictures=bool(pictures)).read(text, pictures=pictures)
+        run = backend_of(self.model)
+        return run.stream(self.model, [source.tokens], settings, tokenizer=self.tokenizer, pictures=[source.pictures])
 
     def generate(
-        self, texts: Iterable[str], settings: SamplingSettings | None = None, *, batch_size: int = 8
+        self,
+        texts: Iterable[str],
+        settings: SamplingSettings | None = None,
+        *,
+        batch_size: int = 8,
+        pictures: Iterable[Sequence[PictureSource]] | None = None,
     ) -> Iterator[Answer]:
         """One answer per text, in their order, while `texts` is being read.
 
         Some batches are read ahead and sorted by length, so that little is padded; with `batch_size=1` each answer
-        comes before the next text is read.
+        comes before the next text is read. `pictures` has an entry for each text: its pictures (file names, bytes of
+        files or Pillow images), () for none. Each stands at a `<start_of_image>` of the text, or all stand in front.
         """
         if isinstance(texts, str):
             raise ValueError("texts is one string; give a list of texts, even of one")
         settings = settings or SamplingSettings()
-        reader = self.reader(settings.max_target_tokens)
+        reader = self.reader(settings.max_target_tokens, pictures=pictures is not None)
+        run = backend_of(self.model)
         ahead = batch_size * BATCHES_AHEAD if batch_size > 1 else 1
-        numbered = enumerate(texts, start=1)
+        numbered = enumerate(with_pictures(texts, pictures), start=1)
         while chunk := list(itertools.islice(numbered, ahead)):
-            sources = [reader.read(text, number) for number, text in chunk]
+            sources = [reader.read(text, number, of_text) for number, (text, of_text) in chunk]
             answers: dict[int, Answer] = {}
             for rows in by_length([source.tokens for source in sources], batch_size):
                 batch = [sources[row].tokens for row in rows]
-                generations = generate(self.model, batch, settings, tokenizer=self.tokenizer)
+                pixels = [sources[row].pictures for row in rows]
+                generations = run.generate(self.model, batch, settings, tokenizer=self.tokenizer, pictures=pixels)
                 for row, generation in zip(rows, generations, strict=True):
                     answers[row] = Answer(sources[row], generation)
             yield from (answers[row] for row in range(len(chunk)))

@@ -1,0 +1,58 @@
+"""`encore export`: a checkpoint becomes graphs that run without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from encore.export.manifest import Activations, Weights
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the verb to the command."""
+    app.command(epilog="Example: encore export translator translator-int8 --weights int8")(export)
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name or shipped model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    weights: Annotated[
+        Weights, typer.Option(help="Of all matrices, or of the layers and then of the vocabulary (embedding and head).")
+    ] = "int8",
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale: 32, 64 or 128.", show_default="int8 128, int8-head-int4 64, int4 32"
+        ),
+    ] = None,
+    activations: Annotated[
+        Activations, typer.Option(help="What packed weights are multiplied with: int8 is faster, float32 exact.")
+    ] = "int8",
+    encoder_only: Annotated[
+        bool, typer.Option("--encoder-only", help="For embeddings: leave the decoder out.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds files already.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as one JSON object.")] = False,
+) -> None:
+    """Write a T5Gemma as ONNX graphs, which generate, score and embed run on any CPU without torch."""
+    from encore.export.folder import export as run
+
+    summary = run(
+        model,
+        out,
+        weights,
+        block_size=block_size,
+        activations=activations,
+        encoder_only=encoder_only,
+        force=force,
+    )
+    if as_json:
+        print(json.dumps(summary.as_json(), indent=2))
+        return
+    what = f"{summary.bits_per_weight:.2f} bits per weight"
+    if summary.block_size:
+        what += f" in blocks of {summary.block_size}, relative error {summary.error:.4f}"
+    print(f"{summary.out}: {summary.weights}, {what}, {summary.num_bytes:,} bytes")

@@ -1,0 +1,210 @@
+"""export(): a checkpoint folder -> a folder of graphs, weights, tokenizer, configs and provenance.
+
+The folder appears whole or not at all, and is all that generation needs. No torch; one slice of one tensor is in memory
+at a time, so a model of any size is exported in a few hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encore import __version__
+from encore.checkpoint.config_json import read_config_file
+from encore.checkpoint.folder import INDEX_FILE, weight_files
+from encore.checkpoint.hub import CARRIED, LICENCES, carried_files, resolve
+from encore.checkpoint.writing import copy_files, new_folder, write_json
+from encore.config import StackConfig, T5GemmaConfig
+from encore.export import ExportError
+from encore.export.manifest import (
+    BITS,
+    FORMAT,
+    GRAPH_FILES,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    Activations,
+    Weights,
+    check_weights,
+    is_exported,
+    sha256,
+)
+from encore.export.weights import Matrix, StoredWeights, WeightsFile
+
+REPLACED = ("*.onnx", WEIGHTS_FILE, "*.safetensors", INDEX_FILE, MANIFEST_FILE, *CARRIED, *LICENCES)
+"""What a folder that is written again never keeps from its former content."""
+
+HEAD_DIM_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. `error` is the relative error of the packed weights, root mean square."""
+
+    out: str
+    weights: str
+    block_size: int
+    bits_per_weight: float
+    error: float
+    parts: tuple[str, ...]
+    num_bytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    weights: Weights = "int8",
+    *,
+    block_size: int | None = None,
+    activations: Activations = "int8",
+    encoder_only: bool = False,
+    force: bool = False,
+) -> Export:
+    """Write the graphs of a T5Gemma or T5Gemma 2 folder, shipped model or hub name.
+
+    Args:
+        weights: of the layers and the vocabulary's matrix; see `manifest.BITS`. Norms and the rest stay float32.
+        block_size: how many weights share a scale, 32, 64 or 128; None takes `manifest.DEFAULT_BLOCK_SIZES`.
+        activations: "int8" rounds what is multiplied with packed weights to int8 too, block by block, where the
+            processor has instructions for it; "float32" leaves it exact and is slower.
+        encoder_only: the encoder graph alone, for embeddings.
+        force: write into a folder that holds files already.
+
+    Raises ExportError or CheckpointError before `out` changes.
+    """
+    started = time.monotonic()
+    block_size = check_weights(weights, block_size, activations)
+    folder = resolve(source)
+    if is_exported(folder):
+        raise ExportError(f"{folder} is an export already; give the checkpoint that it was made of")
+    config = read_config_file(folder)
+    if not isinstance(config, T5GemmaConfig):
+        raise ExportError(f"{folder} holds a {config.model_type}; only encoder-decoders are exported: adapt it first")
+    for stack in (config.encoder,) if encoder_only else (config.encoder, config.decoder):
+        _check_stack(stack)
+    target = Path(out)
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise ExportError(f"{out} holds files already; choose another folder, or use --force to write into it")
+    real, origin = Path(os.path.realpath(target)), Path(os.path.realpath(folder))
+    if real == origin or real in origin.parents:
+        raise ExportError(f"{out} is or contains the source {folder}; choose another folder")
+    stored = StoredWeights(folder, config)
+    parts = ("encoder",) if encoder_only else ("encoder", "memory", "step")
+    with new_folder(target, replaced=REPLACED) as staged:
+        with WeightsFile(staged / WEIGHTS_FILE, stored, block_size) as file:
+            _write_graphs(staged, config, file, weights, activations, encoder_only)
+        files = {GRAPH_FILES[part]: staged / GRAPH_FILES[part] for part in parts}
+        described = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+        described[WEIGHTS_FILE] = {"bytes": file.size, "sha256": file.sha256}
+        measured = _measured(file)
+        provenance = {
+            "format": FORMAT,
+            "parts": list(parts),
+            "model_type": config.model_type,
+            "weights": weights,
+            "block_size": block_size,
+            "activations": activations if weights != "float32" else "float32",
+            "method": "none" if weights == "float32" else "round to nearest",
+            "pictures": False,
+            **measured,
+            "files": described,
+            "source": {
+                "name": origin.name if Path(source).expanduser().is_dir() else os.fspath(source),
+                "sha256": {path.name: sha256(path) for path in (folder / "config.json", *weight_files(folder))},
+            },
+            "versions": _versions(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        shutil.copyfile(folder / "config.json", staged / "config.json")
+        copy_files(carried_files(folder), staged)
+        write_json(staged / MANIFEST_FILE, provenance)
+    return Export(
+        out=os.fspath(out),
+        weights=weights,
+        block_size=block_size,
+        bits_per_weight=measured["bits_per_weight"],
+        error=measured["error"]["relative"],
+        parts=parts,
+        num_bytes=sum(entry["bytes"] for entry in described.values()),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _check_stack(stack: StackConfig) -> None:
+    if stack.head_dim % HEAD_DIM_MULTIPLE:
+        raise ExportError(
+            f"head_dim is {stack.head_dim}; ONNX Runtime's attention needs a multiple of {HEAD_DIM_MULTIPLE}: "
+            "run this model with torch"
+        )
+
+
+def _write_graphs(
+    folder: Path,
+    config: T5GemmaConfig,
+    file: WeightsFile,
+    weights: Weights,
+    activations: Activations,
+    encoder_only: bool,
+) -> None:
+    try:
+        from encore.export.encoder import EncoderGraph
+        from encore.export.step import MemoryGraph, StepGraph
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise ExportError("export needs the package onnx; install it with: pip install 'encore-lm[export]'") from error
+    layer_bits, vocabulary_bits = BITS[weights]
+
+    def table(side: str, stack: StackConfig) -> Matrix:
+        return file.matrix([(f"{side}.embed_tokens.weight", stack.vocab_size)], stack.hidden_size, vocabulary_bits)
+
+    read = table("encoder", config.encoder)
+    encoder = EncoderGraph(config, file, layer_bits, activations)
+    encoder.build(read)
+    encoder.save(folder / GRAPH_FILES["encoder"])
+    if encoder_only:
+        return
+    step = StepGraph(config, file, layer_bits, activations)
+    step.build(read if config.tied_embeddings else table("decoder", config.decoder))
+    step.save(folder / GRAPH_FILES["step"])
+    memory = MemoryGraph(step, activations)
+    memory.build()
+    memory.save(folder / GRAPH_FILES["memory"])
+
+
+def _measured(file: WeightsFile) -> dict[str, Any]:
+    """Bits per weight, scales included, and the relative error of what was packed: over all and of the worst matrix."""
+    squared_error = sum(error.squared_error for error in file.errors.values())
+    squared_norm = sum(error.squared_norm for error in file.errors.values())
+    worst = max(file.errors, key=lambda name: file.errors[name].relative)
+    return {
+        "parameters_in_matrices": file.num_weights,
+        "bits_per_weight": round(8 * file.num_bytes / file.num_weights, 4),
+        "error": {
+            "relative": round((squared_error / squared_norm) ** 0.5, 6) if squared_norm else 0.0,
+            "worst": round(file.errors[worst].relative, 6),
+            "worst_matrix": worst,
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+
+    return {
+        "encore": __version__,
+        "numpy": np.__version__,
+        "onnx": onnx.__version__,
+        "python": platform.python_version(),
+    }

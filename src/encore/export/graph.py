@@ -1,0 +1,240 @@
+"""Nodes, constants and the layer parts that all graphs share.
+
+Beside the standard operators, ONNX Runtime's own are used (domain com.microsoft): MatMulNBits and GatherBlockQuantized
+for packed weights, FusedMatMul for a product with a transposed matrix, SkipSimplifiedLayerNormalization for a residual
+sum with its norm, GroupQueryAttention for one step over a cache. Everything else is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from encore.config import StackConfig
+from encore.export.manifest import WEIGHTS_FILE, Activations
+from encore.export.weights import Matrix, Place, StoredWeights, WeightsFile
+
+OURS = "com.microsoft"
+OPSET, IR_VERSION = 21, 10
+ACCURACY_LEVELS: dict[Activations, int] = {"float32": 1, "int8": 4}
+HIDDEN = -1e30
+"""What is added to the score of a hidden key: its weight is then exactly 0, and a row without keys has no NaN."""
+
+FLOAT, INT32, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8
+
+Shape = Sequence[int | str]
+
+
+class Graph:
+    """One ONNX graph in the making. Values are names; every method that makes a node gives the name of its result."""
+
+    def __init__(self, name: str, activations: Activations, prefix: str = "") -> None:
+        self.name, self.prefix = name, prefix
+        self.accuracy_level = ACCURACY_LEVELS[activations]
+        self.nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: list[onnx.TensorProto] = []
+        self._known: dict[Any, str] = {}
+
+    def input(self, name: str, kind: int, shape: Shape) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def output(self, name: str, kind: int, shape: Shape) -> str:
+        self._outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        return name
+
+    def nodes_of(
+        self, kind: str, inputs: Sequence[str], outputs: int | Sequence[str], domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """A node with several results; "" for one that is not wanted."""
+        label = f"{self.prefix}{kind}_{len(self.nodes)}"
+        names = [f"{label}_{i}" for i in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=label, domain=domain, **attributes))
+        return names
+
+    def node(self, kind: str, *inputs: str, domain: str = "", output: str | None = None, **attributes: Any) -> str:
+        return self.nodes_of(kind, inputs, 1 if output is None else [output], domain, **attributes)[0]
+
+    def constant(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
+        """A small array, kept in the graph; equal ones once."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._known:
+            self._known[key] = f"constant_{len(self._initializers)}"
+            self._initializers.append(numpy_helper.from_array(array, self._known[key]))
+        return self._known[key]
+
+    def integers(self, *values: int) -> str:
+        """A vector of int64, such as a shape."""
+        return self.constant(values, np.int64)
+
+    def stored(self, name: str, place: Place, kind: int, shape: Sequence[int]) -> str:
+        """An array of the weights file."""
+        if (place, tuple(shape)) not in self._known:
+            tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", WEIGHTS_FILE), ("offset", place.offset), ("length", place.num_bytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            self._initializers.append(tensor)
+            self._known[place, tuple(shape)] = name
+        return self._known[place, tuple(shape)]
+
+    def save(self, path: Path) -> None:
+        graph = helper.make_graph(self.nodes, self.name, self._inputs, self._outputs, self._initializers)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(OURS, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="encore")
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+    # --- parts of layers
+
+    def linear(self, x: str, matrix: Matrix) -> str:
+        """x @ matrix'."""
+        if matrix.bits is None:
+            return self.node("FusedMatMul", x, self.float_matrix(matrix), domain=OURS, transB=1)
+        return self.node(
+            "MatMulNBits",
+            x,
+            self.codes(matrix),
+            self.scales(matrix),
+            domain=OURS,
+            K=matrix.num_columns,
+            N=matrix.num_rows,
+            bits=matrix.bits,
+            block_size=matrix.block_size,
+            accuracy_level=self.accuracy_level,
+        )
+
+    def rows_of(self, matrix: Matrix, tokens: str) -> str:
+        """The rows (B, T, K) of a matrix that stand at `tokens` (B, T)."""
+        if matrix.bits is None:
+            return self.node("Gather", self.float_matrix(matrix), tokens, axis=0)
+        scales = self.stored(
+            f"{matrix.name}.scales_by_block", *_kind(matrix.scales), (matrix.num_rows, matrix.num_blocks, 1)
+        )
+        blocks = self.node(
+            "GatherBlockQuantized",
+            self.codes(matrix),
+            tokens,
+            scales,
+            domain=OURS,
+            gather_axis=0,
+            quantize_axis=2,
+            block_size=matrix.block_size,
+            bits=matrix.bits,
+        )
+        rows = self.node("Reshape", blocks, self.integers(0, 0, -1))
+        if matrix.num_columns % matrix.block_size == 0:
+            return rows
+        return self.node("Slice", rows, self.integers(0), self.integers(matrix.num_columns), self.integers(2))
+
+    def float_matrix(self, matrix: Matrix) -> str:
+        return self.stored(matrix.name, matrix.values, FLOAT, (matrix.num_rows, matrix.num_columns))
+
+    def codes(self, matrix: Matrix) -> str:
+        shape = (matrix.num_rows, matrix.num_blocks, matrix.block_bytes)
+        return self.stored(f"{matrix.name}.codes", matrix.values, UINT8, shape)
+
+    def scales(self, matrix: Matrix) -> str:
+        return self.stored(f"{matrix.name}.scales", *_kind(matrix.scales), (matrix.num_rows, matrix.num_blocks))
+
+    def split(self, x: str, *sizes: int) -> list[str]:
+        return self.nodes_of("Split", [x, self.integers(*sizes)], len(sizes), axis=-1)
+
+    def softcapped(self, x: str, cap: str | None) -> str:
+        """cap * tanh(x / cap); `cap` is the name of a constant."""
+        if cap is None:
+            return x
+        return self.node("Mul", self.node("Tanh", self.node("Div", x, cap)), cap)
+
+
+class LayerGraph(Graph):
+    """A graph of layers of one stack, whose weights are `leaves` + leaf names of the checkpoint."""
+
+    def __init__(
+        self, name: str, activations: Activations, stack: StackConfig, leaves: str, file: WeightsFile, bits: int | None
+    ) -> None:
+        super().__init__(name, activations)
+        self.stack, self.leaves, self.file, self.bits = stack, leaves, file, bits
+        self.stored_weights: StoredWeights = file.stored
+
+    @property
+    def groups(self) -> int:
+        return self.stack.num_attention_heads // self.stack.num_key_value_heads
+
+    @property
+    def query_size(self) -> int:
+        return self.stack.num_attention_heads * self.stack.head_dim
+
+    @property
+    def key_size(self) -> int:
+        return self.stack.num_key_value_heads * self.stack.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        return self.stack.query_pre_attn_scalar**-0.5
+
+    def matrix(self, layer: str, columns: int, **rows: int) -> Matrix:
+        """Write the matrices `rows` (leaf name -> rows) of a layer, one below the other."""
+        parts = [(f"{self.leaves}{layer}{leaf}.weight", count) for leaf, count in rows.items()]
+        return self.file.matrix(parts, columns, self.bits)
+
+    def scale(self, name: str, size: int | None = None) -> str:
+        """1 + w of an RMSNorm."""
+        weight = self.stored_weights.vector(f"{self.leaves}{name}.weight", size or self.stack.hidden_size)
+        return self.constant(np.float32(1.0) + weight)
+
+    def norm(self, x: str, name: str, size: int | None = None, output: str | None = None) -> str:
+        epsilon = self.stack.rms_norm_eps
+        scale = self.scale(name, size)
+        return self.node("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=epsilon, output=output)
+
+    def add_and_norm(self, part: str, x: str, name: str, last: str | None = None) -> tuple[str, str]:
+        """(norm(x + part), x + part). `last` names the norm's result; nobody needs the sum then."""
+        inputs, epsilon = [part, x, self.scale(name)], self.stack.rms_norm_eps
+        outputs = 4 if last is None else [last]
+        names = self.nodes_of("SkipSimplifiedLayerNormalization", inputs, outputs, OURS, epsilon=epsilon)
+        if last is not None:
+            return last, ""
+        self.nodes[-1].output[1] = self.nodes[-1].output[2] = ""
+        return names[0], names[3]
+
+    def embedding(self, matrix: Matrix, tokens: str, end_of_image: tuple[int, NDArray[np.float32]] | None) -> str:
+        """Rows times sqrt(D); T5Gemma 2 has a vector of its own in place of the end-of-image token's row."""
+        x = self.node("Mul", self.rows_of(matrix, tokens), self.constant(matrix.num_columns**0.5))
+        if end_of_image is None or end_of_image[0] >= matrix.num_rows:
+            return x
+        here = self.node("Equal", tokens, self.constant(end_of_image[0], np.int64))
+        here = self.node("Unsqueeze", here, self.integers(2))
+        return self.node("Where", here, self.constant(end_of_image[1]), x)
+
+    def head_norm(self, x: str, layer: str, name: str) -> str:
+        """The RMSNorm of each head of (B, T, heads x E), where the stack has one."""
+        if not self.stack.qk_norm:
+            return x
+        size = self.stack.head_dim
+        x = self.norm(self.node("Reshape", x, self.integers(0, 0, -1, size)), f"{layer}{name}", size)
+        return self.node("Reshape", x, self.integers(0, 0, self._heads_size(name)))
+
+    def _heads_size(self, name: str) -> int:
+        return self.query_size if name.endswith("q_norm") else self.key_size
+
+    def feed_forward(self, x: str, layer: str) -> str:
+        """down(gelu(gate(x)) * up(x)), then its norm."""
+        hidden, inner = self.stack.hidden_size, self.stack.intermediate_size
+        both = self.linear(x, self.matrix(f"{layer}mlp.", hidden, gate_proj=inner, up_proj=inner))
+        gate, up = self.split(both, inner, inner)
+        x = self.node("Mul", self.node("FastGelu", gate, domain=OURS), up)
+        x = self.linear(x, self.matrix(f"{layer}mlp.", inner, down_proj=hidden))
+        return self.norm(x, f"{layer}post_feedforward_layernorm")
+
+
+def _kind(place: Place | None) -> tuple[Place, int]:
+    assert place is not None
+    return place, FLOAT
