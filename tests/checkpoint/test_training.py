@@ -112,9 +112,9 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for step in (1, 2, 3, 4, 1_000_000):
         save(run, step)
-    run.prune(2, best_step=2)
+    run.prune(2, {2})
     assert [c.step for c in run.checkpoints()] == [2, 4, 1_000_000]
-    run.prune(9, best_step=None)
+    run.prune(9)
     assert len(run.checkpoints()) == 3
 
 

@@ -66,10 +66,10 @@ def test_json_is_all_that_stands_on_stdout(
 def test_the_bar_appears_on_stderr_when_it_takes_long(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import encore.cli.adapt as command
+    import encore.cli.bar as bar
     from encore.checkpoint.pretrained import load
 
-    monkeypatch.setattr(command, "_SILENT_SECONDS", -1.0)
+    monkeypatch.setattr(bar, "_SILENT_SECONDS", -1.0)
     assert encore(monkeypatch, "adapt", source, tmp_path / "out") == 0
     captured = capsys.readouterr()
     assert "adapt" in captured.err

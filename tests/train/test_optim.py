@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from encore.train.optim import clip_gradients, is_cross_attention, learning_rate, make_optimizer, part_of
+from encore.train.optim import (
+    clip_gradients,
+    freeze,
+    is_cross_attention,
+    learning_rate,
+    make_optimizer,
+    part_of,
+    rate_part,
+    set_learning_rate,
+)
 from encore.train.recipe import OptimRecipe
 
 RECIPE = OptimRecipe(learning_rate=1.0, final_learning_rate_fraction=0.1, warmup_steps=10)
@@ -53,6 +62,29 @@ def test_matrices_decay_and_norms_do_not() -> None:
         }
 
 
+def test_each_part_has_its_rate_and_a_part_of_rate_0_is_frozen() -> None:
+    model = Toy()
+    recipe = OptimRecipe(encoder_rate=0.0, decoder_rate=0.5, cross_attention_rate=2.0)
+    freeze(model, recipe)
+    optimizer = make_optimizer(model, recipe)
+    set_learning_rate(optimizer, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == pytest.approx(
+        {"encoder.embed_tokens.weight": 0.1, "decoder.norm.weight": 0.05, "decoder.cross_attn.weight": 0.2}
+    )
+    assert not model.encoder.q_proj.weight.requires_grad
+
+
+def test_rates_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"optim\.encoder_rate is 0\.5, but the model has no encoder .* are decoder$"):
+        freeze(nn.Linear(2, 2), OptimRecipe(encoder_rate=0.5))
+    with pytest.raises(ValueError, match="every part of the model is frozen"):
+        freeze(nn.Linear(2, 2), OptimRecipe(decoder_rate=0.0))
+    with pytest.raises(ValueError, match="no cross-attention that learns"):
+        freeze(Toy(), OptimRecipe(cross_attention_rate=0.0, cross_attention_warmup_steps=3))
+
+
 def test_parts() -> None:
     assert part_of("layers.0.mlp.up_proj.weight") == "decoder"  # a decoder-only model
     assert part_of("encoder.layers.0.mlp.up_proj.weight") == "encoder"
@@ -60,6 +92,8 @@ def test_parts() -> None:
     assert is_cross_attention("decoder.layers.1.cross_attn.q_proj.weight")
     assert is_cross_attention("decoder.layers.1.pre_cross_attn_layernorm.weight")
     assert not is_cross_attention("decoder.layers.1.self_attn.q_proj.weight")
+    assert rate_part("decoder.layers.1.post_cross_attn_layernorm.weight") == "cross_attention"
+    assert rate_part("decoder.embed_tokens.weight") == "embedding"
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])

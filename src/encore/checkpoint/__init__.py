@@ -6,6 +6,7 @@
     hub.py           a hub name -> a local folder
     writing.py       safetensors files written tensor by tensor; a folder appears whole or not at all
     pretrained.py    load(), save(), read_config()
+    averaging.py     the mean of several folders, tensor by tensor
     training.py      save and resume a training run
 
 Only safetensors are read; nothing here unpickles.

@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +105,10 @@ class RunFolder:
                 for entry in parent.glob(f"{_WRITING}*"):
                     shutil.rmtree(entry)
 
-    def prune(self, keep_last: int, best_step: int | None) -> None:
-        """Drop all checkpoints but the last `keep_last` and the best one."""
+    def prune(self, keep_last: int, keep_steps: Collection[int] = ()) -> None:
+        """Drop all checkpoints but the last `keep_last` and those of `keep_steps`."""
         for checkpoint in self.checkpoints()[:-keep_last]:
-            if checkpoint.step != best_step:
+            if checkpoint.step not in keep_steps:
                 doomed = checkpoint.folder.with_name(f"{_WRITING}{checkpoint.folder.name}-old")
                 checkpoint.folder.rename(doomed)  # so that a crash never leaves half a checkpoint under its name
                 shutil.rmtree(doomed)

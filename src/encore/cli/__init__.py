@@ -17,7 +17,7 @@ import typer
 from encore import __version__
 
 # In the order of `encore --help`.
-GROUPS = ("demo", "generate", "info", "adapt", "train")
+GROUPS = ("demo", "generate", "info", "adapt", "train", "runs", "export")
 
 app = typer.Typer(
     name="encore",

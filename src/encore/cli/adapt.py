@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_SILENT_SECONDS = 2.0
+from encore.cli.bar import bytes_bar
 
 
 class Style(StrEnum):
@@ -52,7 +49,7 @@ def adapt(
     """Adapt a decoder-only Gemma into a T5Gemma; no training, one tensor at a time."""
     from encore.adapt import adapt as run
 
-    with _progress() as progress:
+    with bytes_bar("adapt") as progress:
         summary = run(
             source,
             out,
@@ -70,29 +67,3 @@ def adapt(
     print(f"{summary.out}: {summary.style}, {summary.parameters:,} parameters in {summary.dtype}")
     if summary.warmup is not None:
         print(f"cross-attention is random: train it alone for the first {summary.warmup['steps']} steps")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, once the work has taken two seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    started = time.monotonic()
-    columns = (TextColumn("adapt"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task("adapt")
-    shown = False
-
-    def update(done: int, total: int) -> None:
-        nonlocal shown
-        bar.update(task, completed=done, total=total)
-        if not shown and time.monotonic() - started > _SILENT_SECONDS:
-            bar.start()
-            shown = True
-
-    try:
-        yield update
-    finally:
-        if shown:
-            bar.stop()

@@ -6,8 +6,21 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 Curve = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines by name in one pair of axes."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, Curve]
+    log_y: bool = False
+
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -25,17 +38,28 @@ img { max-width: 100% }
 
 def curves_png(title: str, x_label: str, y_label: str, curves: Mapping[str, Curve]) -> bytes:
     """Lines by name, as a PNG. Needs matplotlib."""
+    return panels_png([Panel(title, x_label, y_label, curves)])
+
+
+def panels_png(panels: Sequence[Panel], columns: int = 2) -> bytes:
+    """Panels row by row as one PNG; a name has the same colour in all of them. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.6)
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    if curves:
-        axes.legend(frameon=False)
+    width = min(columns, len(panels))
+    height = -(-len(panels) // width)
+    figure = Figure(figsize=(7 * width, 3.6 * height), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for p in panels for name in p.curves))}
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(height, width, i + 1)
+        for name, points in panel.curves.items():
+            axes.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.6, color=colours[name])
+        axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+        if panel.log_y and any(y > 0 for points in panel.curves.values() for _, y in points):
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        if panel.curves:
+            axes.legend(frameon=False)
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out)
     return out.getvalue()

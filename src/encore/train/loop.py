@@ -18,14 +18,23 @@ from typing import Any
 
 import torch
 
+from encore.checkpoint.averaging import average
 from encore.checkpoint.pretrained import load, save
 from encore.checkpoint.training import Checkpoint, RunFolder, restore_checkpoint, save_checkpoint, write_folder
 from encore.data.pipeline import BatchesOf
 from encore.model.t5gemma import T5Gemma
 from encore.tokenizer import Tokenizer
+from encore.train.balance import Balance
 from encore.train.loss import Model, resolve_precision, summed_loss
 from encore.train.metrics import MetricsFile, Progress, default_progress, read_metrics
-from encore.train.optim import clip_gradients, is_cross_attention, learning_rate, make_optimizer, set_learning_rate
+from encore.train.optim import (
+    clip_gradients,
+    freeze,
+    is_cross_attention,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 from encore.train.recipe import Recipe, differences, load_recipe, to_toml
 from encore.train.signals import Interrupted, StopSignals
 
@@ -121,7 +130,10 @@ class _Fit:
         self.device = torch.device(recipe.train.device)
         self.precision = resolve_precision(recipe.train.precision, self.device)
         self.model.to(self.device)
+        freeze(model, recipe.optim)
+        self.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = make_optimizer(model, recipe.optim)
+        self.balance = Balance()
         self.step = 0
         self.tokens = 0
         self.wall_seconds = 0.0
@@ -145,8 +157,7 @@ class _Fit:
         finally:
             metrics.close()
         if not (latest and latest.step == self.recipe.train.steps and self.folder.model.is_dir()):
-            dtype = getattr(torch, self.recipe.train.output_dtype)
-            write_folder(self.folder.model, lambda path: self._save_model(path, dtype))
+            write_folder(self.folder.model, self._write_result)
         return result_of(self.folder)
 
     def _train(self, metrics: MetricsFile, stop: StopSignals) -> None:
@@ -195,6 +206,8 @@ class _Fit:
         norms = clip_gradients(self.model.named_parameters(), self.recipe.optim.max_gradient_norm)
         if not math.isfinite(norms["gradient_norm"]):
             raise TrainingDiverged(self._bad_news(f"the norm of the gradients is {norms['gradient_norm']}"))
+        if warning := self.balance.look(self.step + 1, norms):
+            self.progress.note(warning)
         self._watch(loss)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,7 +244,7 @@ class _Fit:
         warmup = self.recipe.optim.cross_attention_warmup_steps
         if warmup and isinstance(self.model, T5Gemma):
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(self.step >= warmup or is_cross_attention(name))
+                parameter.requires_grad_(name in self.learning and (self.step >= warmup or is_cross_attention(name)))
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluate is not None
@@ -247,6 +260,21 @@ class _Fit:
     def _save_model(self, folder: Path, dtype: torch.dtype) -> None:
         model = self.model if dtype == torch.float32 else copy.deepcopy(self.model).to(dtype)
         save(model, folder, tokenizer=self.tokenizer)
+
+    def _write_result(self, folder: Path) -> None:
+        """RUN/model: the weights as they are, or the mean of the last checkpoints (T5Gemma 2 paper: of five)."""
+        dtype, steps = getattr(torch, self.recipe.train.output_dtype), self.recipe.train.averaged_steps
+        if len(steps) == 1:
+            self._save_model(folder, dtype)
+            return
+        kept = {checkpoint.step: checkpoint.folder for checkpoint in self.folder.checkpoints()}
+        if missing := [str(step) for step in steps if step not in kept]:
+            raise ValueError(
+                f"{self.folder.checkpoints_folder} lacks step {', '.join(missing)}, which RUN/model should be averaged "
+                "from; average the others with `encore average`, or train anew with --no-resume"
+            )
+        average([kept[step] for step in steps], folder, dtype=dtype)
+        self.progress.note(f"the model is the mean of the checkpoints of steps {', '.join(map(str, steps))}")
 
     def _save(self, validation_loss: float | None) -> None:
         if validation_loss is not None and validation_loss < (self.best_validation or (0, math.inf))[1]:
@@ -269,7 +297,8 @@ class _Fit:
             save_model=lambda folder: self._save_model(folder, torch.float32),
             recipe=to_toml(self.recipe),
         )
-        self.folder.prune(self.recipe.train.keep_last, self.best_validation[0] if self.best_validation else None)
+        best = {self.best_validation[0]} if self.best_validation else set[int]()
+        self.folder.prune(self.recipe.train.keep_last, best.union(self.recipe.train.averaged_steps))
 
     def _machine(self) -> dict[str, Any]:
         return {
@@ -282,7 +311,9 @@ class _Fit:
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state()
         before = load_recipe(checkpoint.folder / "training" / "recipe.toml")
-        changed = {k: v for k, v in differences(before, self.recipe).items() if k not in MAY_CHANGE}
+        averaged = self.recipe.train.average_last > 1  # then what is kept when makes the model
+        may_change = MAY_CHANGE - ({"train.checkpoint_every_steps"} if averaged else set())
+        changed = {k: v for k, v in differences(before, self.recipe).items() if k not in may_change}
         if changed:
             listed = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
             raise ValueError(

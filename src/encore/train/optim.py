@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from encore.train.recipe import OptimRecipe
 
 PARTS = ("encoder", "decoder", "embedding")
+RATE_PARTS = ("encoder", "decoder", "cross_attention", "embedding")
+"""Parts with a learning rate of their own: `optim.{part}_rate`."""
 
 
 def learning_rate(step: int, total_steps: int, recipe: OptimRecipe) -> float:
@@ -26,21 +28,50 @@ def learning_rate(step: int, total_steps: int, recipe: OptimRecipe) -> float:
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def freeze(model: nn.Module, recipe: OptimRecipe) -> None:
+    """Take the gradient from every part whose rate is 0.
+
+    Raises ValueError for a rate of a part that the model has not, when nothing is left that learns, and when the
+    cross-attention is to be warmed up but does not learn.
+    """
+    parts = {rate_part(name) for name, _ in model.named_parameters()}
+    for part in RATE_PARTS:
+        if part not in parts and rate_factor(part, recipe) != 1.0:
+            raise ValueError(
+                f"optim.{part}_rate is {rate_factor(part, recipe)}, but the model has no {part.replace('_', '-')} "
+                f"with weights of its own; its parts are {', '.join(p for p in RATE_PARTS if p in parts)}"
+            )
+    for name, parameter in model.named_parameters():
+        if rate_factor(rate_part(name), recipe) == 0:
+            parameter.requires_grad_(False)
+    learning = {rate_part(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not learning:
+        raise ValueError("every part of the model is frozen; give one of optim.…_rate a value above 0")
+    if recipe.cross_attention_warmup_steps and "encoder" in parts and "cross_attention" not in learning:
+        raise ValueError(
+            f"optim.cross_attention_warmup_steps is {recipe.cross_attention_warmup_steps}, but the model has no "
+            "cross-attention that learns (T5Gemma 2 merges it into self-attention; rate 0 freezes it); set it to 0"
+        )
+
+
 def make_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
     """AdamW over all parameters that ask for a gradient; matrices decay, norms and vectors do not.
 
-    Embeddings decay only with `decay_embeddings`: a row that is not met in a step would shrink all the same.
+    Embeddings decay only with `decay_embeddings`: a row that is not met in a step would shrink all the same. Each
+    group carries the factor of its part on the learning rate.
     """
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.dim() >= 2 and (recipe.decay_embeddings or part_of(name) != "embedding")
-        (decayed if matrix else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        key = rate_factor(rate_part(name), recipe), recipe.weight_decay if matrix else 0.0
+        groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+            for (factor, decay), parameters in groups.items()
+        ],
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.epsilon,
@@ -50,7 +81,7 @@ def make_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
 
 
 def part_of(name: str) -> str:
@@ -62,6 +93,15 @@ def part_of(name: str) -> str:
 
 def is_cross_attention(name: str) -> bool:
     return ".cross_attn." in name or "_cross_attn_layernorm." in name
+
+
+def rate_part(name: str) -> str:
+    """Which learning rate a parameter follows: one of RATE_PARTS."""
+    return "cross_attention" if is_cross_attention(name) else part_of(name)
+
+
+def rate_factor(part: str, recipe: OptimRecipe) -> float:
+    return getattr(recipe, f"{part}_rate")
 
 
 def clip_gradients(named: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> dict[str, float]:

@@ -77,7 +77,11 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """AdamW; linear warm-up, then a cosine down to `final_learning_rate_fraction` of the peak."""
+    """AdamW; linear warm-up, then a cosine down to `final_learning_rate_fraction` of the peak.
+
+    The rates by part are factors on that; a part with rate 0 is frozen: it costs no gradient and no state. The
+    embedding (shared or not) is a part of its own, and so are the cross-attention's matrices and norms.
+    """
 
     learning_rate: float = 1e-3
     final_learning_rate_fraction: float = 0.1
@@ -88,6 +92,10 @@ class OptimRecipe:
     beta2: float = 0.95
     epsilon: float = 1e-8
     max_gradient_norm: float = 1.0
+    encoder_rate: float = 1.0
+    decoder_rate: float = 1.0
+    cross_attention_rate: float = 1.0
+    embedding_rate: float = 1.0
     cross_attention_warmup_steps: int = 0  # so many first steps train the (randomly drawn) cross-attention only
 
 
@@ -102,12 +110,18 @@ class TrainRecipe:
     checkpoint_every_steps: int = 100
     log_every_steps: int = 1
     keep_last: int = 2
+    average_last: int = 1  # RUN/model is the mean of so many last checkpoints; 1: the last weights alone
     divergence_nats: float = 3.0  # stop when the smoothed loss is so far above its best; 0: never
     seed: int = 0
     threads: int = 0  # 0: torch's own choice
     device: str = "cpu"
     precision: Precision = "auto"  # of the matrix products; weights and optimizer stay float32
     output_dtype: Literal["float32", "bfloat16"] = "float32"  # of RUN/model
+
+    @property
+    def averaged_steps(self) -> tuple[int, ...]:
+        """The checkpoints that RUN/model is the mean of: the last step and those before it, evenly apart."""
+        return tuple(self.steps - i * self.checkpoint_every_steps for i in reversed(range(self.average_last)))
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_positive(self)
+        _check_averaging(self.train)
 
 
 def load_recipe(path: str | Path | None, changes: Sequence[str] = ()) -> Recipe:
@@ -258,7 +273,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 _POSITIVE = (
-    *(f"train.{key}" for key in ("steps", "batch_size", "accumulation_steps", "log_every_steps", "keep_last")),
+    *(f"train.{key}" for key in ("steps", "batch_size", "accumulation_steps", "log_every_steps")),
+    *("train.keep_last", "train.average_last"),
     *(f"data.{key}" for key in ("window_tokens", "validation_windows", "validation_pairs", "batch_tokens")),
     *("data.max_source_tokens", "data.max_target_tokens", "optim.epsilon", "optim.max_gradient_norm"),
 )
@@ -275,4 +291,14 @@ def _check_positive(recipe: Recipe) -> None:
     if recipe.optim.beta1 >= 1 or recipe.optim.beta2 >= 1:
         raise ValueError(
             f"optim.beta1 and beta2 are {recipe.optim.beta1} and {recipe.optim.beta2}; expected less than 1"
+        )
+
+
+def _check_averaging(train: TrainRecipe) -> None:
+    number, every, steps = train.average_last, train.checkpoint_every_steps, train.steps
+    if number > 1 and (every == 0 or steps % every or steps < number * every):
+        raise ValueError(
+            f"train.average_last is {number}, but {steps} steps with a checkpoint every {every} do not end in so many "
+            "checkpoints evenly apart; make train.steps a multiple of train.checkpoint_every_steps, at least "
+            f"{number} times as large"
         )
