@@ -16,14 +16,13 @@ to file, one tensor at a time, so that a model needs no more memory than its lar
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +46,7 @@ from encore.checkpoint.pretrained import (
     generation_settings,
     text_only_placeholders,
 )
+from encore.checkpoint.provenance import check_out, sha256, spoken_name
 from encore.checkpoint.recipes import Copy, Fill, Recipe, ScaledRow, Side, producer, random_recipe
 from encore.checkpoint.writing import (
     MAX_SHARD_BYTES,
@@ -208,7 +208,7 @@ def adapt(
         rope_factor=rope_factor,
         random=random,
     )
-    _check_out(Path(out), folders.values(), force)
+    check_out(Path(out), folders.values(), force)
     tensors, dtype = _outputs(planned, folders, seed=seed, random=random)
     sources = dict.fromkeys(folders.values())
     hashed = {folder: [folder / "config.json", *([] if random else weight_files(folder))] for folder in sources}
@@ -225,9 +225,9 @@ def adapt(
 
     def described(given: str | os.PathLike[str], side: Side) -> dict[str, Any]:
         return {
-            "name": _spoken_name(given, folders[side]),
+            "name": spoken_name(given, folders[side]),
             "model_type": configs[side].model_type,
-            "sha256": {path.name: _sha256(path, advance) for path in hashed[folders[side]]},
+            "sha256": {path.name: sha256(path, advance) for path in hashed[folders[side]]},
         }
 
     provenance = {
@@ -325,16 +325,6 @@ def _outputs(planned: Plan, folders: Mapping[Side, Path], *, seed: int, random: 
     return sorted(tensors, key=lambda tensor: tensor.name), dtype
 
 
-def _check_out(out: Path, folders: Iterable[Path], force: bool) -> None:
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise CheckpointError(f"{out} holds files already; choose another folder, or use --force to write into it")
-    target = Path(os.path.realpath(out))
-    for folder in folders:
-        real = Path(os.path.realpath(folder))
-        if real == target or target in real.parents:
-            raise CheckpointError(f"{out} is or contains the source {folder}; choose another folder")
-
-
 def _check_room(out: Path, num_bytes: int) -> None:
     existing = next(path for path in (out, *Path(os.path.realpath(out)).parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -369,17 +359,3 @@ def _copy_decoder_licences(folder: Path, staged: Path) -> None:
             shutil.copyfile(path, staged / path.name)
         elif (staged / path.name).read_bytes() != path.read_bytes():
             shutil.copyfile(path, staged / f"decoder_{path.name}")
-
-
-def _spoken_name(given: str | os.PathLike[str], folder: Path) -> str:
-    """A hub name as given; of a local folder its name alone, since paths say nothing elsewhere."""
-    return Path(os.path.realpath(folder)).name if Path(given).expanduser().is_dir() else os.fspath(given)
-
-
-def _sha256(path: Path, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()

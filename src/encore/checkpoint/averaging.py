@@ -8,7 +8,6 @@ result has the first folder's dtypes, tokenizer and licences.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
@@ -36,6 +35,7 @@ from encore.checkpoint.pretrained import (
     tensor_pieces,
     text_only_placeholders,
 )
+from encore.checkpoint.provenance import check_out, sha256, spoken_name
 from encore.checkpoint.writing import (
     MAX_SHARD_BYTES,
     WEIGHT_PATTERNS,
@@ -96,7 +96,7 @@ def average(
     config = read_config_file(sources[0])
     for source in sources[1:]:
         _check_same(sources[0], config, source, read_config_file(source))
-    _check_out(Path(out), sources, force)
+    check_out(Path(out), sources, force)
     stored = []
     for source in sources:
         weights = check_folder(source)
@@ -125,8 +125,8 @@ def average(
     provenance = {
         "averaged": [
             {
-                "name": _spoken_name(given, source),
-                "sha256": {path.name: _sha256(path, advance) for path in hashed[source]},
+                "name": spoken_name(given, source),
+                "sha256": {path.name: sha256(path, advance) for path in hashed[source]},
             }
             for given, source in zip(folders, sources, strict=True)
         ],
@@ -197,27 +197,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         elif field.compare:
             found[f"{prefix}{field.name}"] = entry
     return found
-
-
-def _check_out(out: Path, sources: Iterable[Path], force: bool) -> None:
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise CheckpointError(f"{out} holds files already; choose another folder, or use --force to write into it")
-    target = Path(os.path.realpath(out))
-    for source in sources:
-        real = Path(os.path.realpath(source))
-        if real == target or target in real.parents:
-            raise CheckpointError(f"{out} is or contains the source {source}; choose another folder")
-
-
-def _spoken_name(given: str | os.PathLike[str], folder: Path) -> str:
-    """A hub name as given; of a local folder its name alone, since paths say nothing elsewhere."""
-    return Path(os.path.realpath(folder)).name if Path(given).expanduser().is_dir() else os.fspath(given)
-
-
-def _sha256(path: Path, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()

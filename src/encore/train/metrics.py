@@ -122,15 +122,14 @@ class Bar(Silent):
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         self._bar = RichProgress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
@@ -144,7 +143,7 @@ class Bar(Silent):
 
     def step(self, row: Mapping[str, Any]) -> None:
         if "validation_loss" in row:
-            self._validation = f"  validation {row['validation_loss']:.3f}"
+            self._validation = f"  held out {row['validation_loss']:.3f}"
         figures = describe({k: v for k, v in row.items() if k != "validation_loss"}) + self._validation
         self._bar.update(self._task, completed=row["step"], figures=figures)
 
