@@ -1,4 +1,4 @@
-"""What must hold by construction (rows 15 and 16 of the fact sheet): the encoder-decoder contains its source."""
+"""What must hold by construction: an encoder-decoder adapted from a Gemma contains that Gemma."""
 
 from __future__ import annotations
 
