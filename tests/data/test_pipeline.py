@@ -18,7 +18,6 @@ from encore.data.pipeline import (
     Windows,
     causal,
     pair_row,
-    prompt_tokens,
     source_tokens,
     tokenize_pairs,
 )
@@ -131,8 +130,9 @@ def test_pairs_are_framed_as_the_tokenizer_says(tokenizer: Tokenizer) -> None:
     assert row.source.tolist() == tokenizer.encode_source(source) == source_tokens(pair.source, tokenizer).tolist()
     assert row.target.tolist() == tokenizer.encode_target(target)
     text = pair_row(pair, tokenizer, encoder=False)
-    assert [tokenizer.bos_id, *text.target.tolist()] == prompt_tokens(source, tokenizer) + row.target.tolist()
-    assert text.target[: text.prompt_tokens].tolist() == prompt_tokens(source, tokenizer)[1:]
+    prompt = tokenizer.encode(source, bos=True, eos=True)
+    assert [tokenizer.bos_id, *text.target.tolist()] == prompt + row.target.tolist()
+    assert text.target[: text.prompt_tokens].tolist() == prompt[1:]
 
 
 def test_long_and_empty_pairs_are_left_out_and_counted(

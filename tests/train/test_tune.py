@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import encore
-from encore.data.pipeline import TokenPair, pair_row, prompt_tokens
+from encore.data.pipeline import TokenPair, pair_row
 from encore.generate.text import TextGenerator
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
@@ -26,7 +26,7 @@ LETTERS = "abcdef"
 def answer(model: Gemma | T5Gemma, tokenizer: Tokenizer, source: str, max_tokens: int = 12) -> list[int]:
     """Greedy, without a cache, until EOS (which is given back) or `max_tokens`."""
     made: list[int] = []
-    prompt = prompt_tokens(source, tokenizer)
+    prompt = tokenizer.encode(source, bos=True, eos=True)
     with torch.no_grad():
         while len(made) < max_tokens and tokenizer.eos_id not in made:
             if isinstance(model, Gemma):

@@ -156,16 +156,12 @@ def source_tokens(ids: Ids, tokenizer: Tokenizer) -> Ids:
     return np.concatenate([np.asarray(front, np.int64), np.asarray(ids, np.int64), np.asarray(back, np.int64)])
 
 
-def prompt_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    """What a tuned decoder-only model is given for a source text: BOS, text, EOS; it answers with target, EOS.
-
-    The EOS between the two is the boundary: no text contains it, and pretraining has taught that something new begins.
-    """
-    return tokenizer.encode(text, bos=True, eos=True)
-
-
 def pair_row(pair: TokenPair, tokenizer: Tokenizer, *, encoder: bool) -> Row:
-    """A pair -> an example: for an encoder-decoder, or for a decoder-only model, which learns only the target."""
+    """A pair -> an example: for an encoder-decoder, or for a decoder-only model, which learns only the target.
+
+    The EOS between source and target is the boundary: no text contains it, and pretraining has taught that something
+    new begins after it.
+    """
     end = np.asarray([tokenizer.eos_id], np.int64)
     if encoder:
         return Row(source_tokens(pair.source, tokenizer), np.concatenate([pair.target.astype(np.int64), end]))
