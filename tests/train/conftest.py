@@ -10,7 +10,8 @@ import pytest
 
 from encore.tokenizer import Tokenizer, load_tokenizer
 from encore.tokenizer_training import train_tokenizer
-from encore.train.recipe import Recipe, load_recipe, recipe_from_table, to_toml
+from encore.train.recipe import Recipe
+from encore.train.recipe_file import load_recipe, recipe_from_table, to_toml
 
 
 @pytest.fixture(scope="session")

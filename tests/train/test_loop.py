@@ -26,7 +26,8 @@ from encore.train.loss import Model, mean_loss, resolve_precision, summed_loss
 from encore.train.metrics import Silent, read_metrics
 from encore.train.optim import make_optimizer
 from encore.train.pretrain import open_model, open_tokenizer, pretrain
-from encore.train.recipe import OptimRecipe, load_recipe, to_toml
+from encore.train.recipe import OptimRecipe
+from encore.train.recipe_file import load_recipe, to_toml
 from encore.train.sft import tune
 from encore.train.signals import Interrupted
 

@@ -15,11 +15,8 @@ from encore.train.recipe import (
     OptimRecipe,
     Recipe,
     TrainRecipe,
-    differences,
-    load_recipe,
-    recipe_from_table,
-    to_toml,
 )
+from encore.train.recipe_file import differences, load_recipe, recipe_from_table, to_toml
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=20)
 recipes = st.builds(

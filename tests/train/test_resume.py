@@ -14,7 +14,7 @@ import torch
 import encore
 from encore.train.metrics import TIME_FIELDS, Silent, read_metrics
 from encore.train.pretrain import pretrain
-from encore.train.recipe import to_toml
+from encore.train.recipe_file import to_toml
 from encore.train.sft import tune
 
 # Imports once, then forks a child per attempt, which trains until SIGKILL finds it. The last one is let live.
@@ -25,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 from encore.train.metrics import Silent
 from encore.train.pretrain import pretrain
-from encore.train.recipe import load_recipe
+from encore.train.recipe_file import load_recipe
 from encore.train.sft import tune
 wait = random.Random(seed)
 killed = 0

@@ -64,7 +64,7 @@ def pretrain(
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from encore.train.recipe import load_recipe
+    from encore.train.recipe_file import load_recipe
 
     shorts = _shorts(model, data, threads, device, dtype, seed)
     asked = load_recipe(recipe, [*shorts, *(changes or [])])
@@ -96,7 +96,7 @@ def tune(
 
     Without a recipe: encore tune --model FOLDER --data pairs.jsonl. An interrupted run goes on where it was.
     """
-    from encore.train.recipe import load_recipe
+    from encore.train.recipe_file import load_recipe
 
     shorts = ["objective=pairs", *_shorts(model, data, threads, device, dtype, seed)]
     asked = load_recipe(recipe, [*(shorts if recipe is None else shorts[1:]), *(changes or [])])

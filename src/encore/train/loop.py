@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from encore.checkpoint.averaging import average
 from encore.checkpoint.pretrained import load, save
 from encore.checkpoint.training import Checkpoint, RunFolder, restore_checkpoint, save_checkpoint, write_folder
+from encore.data.batch import Batch
 from encore.data.pipeline import BatchesOf
 from encore.model.t5gemma import T5Gemma
 from encore.tokenizer import Tokenizer
@@ -35,10 +37,13 @@ from encore.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
-from encore.train.recipe import Recipe, differences, load_recipe, to_toml
+from encore.train.recipe import Recipe
+from encore.train.recipe_file import differences, load_recipe, to_toml
 from encore.train.signals import Interrupted, StopSignals
 
 Evaluate = Callable[[Model], dict[str, float]]
+Loss = Callable[[Model, Batch], Tensor]
+"""A model and a batch -> the weighted sum over its tokens, in nats; the step divides by the batches' total weight."""
 
 MAY_CHANGE = {
     "data.cache_folder",
@@ -77,6 +82,7 @@ def fit(
     tokenizer: Tokenizer,
     data_fingerprint: str,
     evaluate: Evaluate | None = None,
+    loss: Loss = summed_loss,
     resume: bool = True,
     progress: Progress | None = None,
     name: str = "train",
@@ -88,6 +94,7 @@ def fit(
         data_fingerprint: what must be the same for a resumed run to read the same data.
         evaluate: called every `evaluate_every_steps`, at step 0 and at the end; its values go into the metrics.
             "validation_loss" among them decides which checkpoint is the best, which is kept.
+        loss: what is learned from a batch.
         resume: continue from the last checkpoint in the folder; False removes what an earlier run wrote there.
 
     Raises:
@@ -103,7 +110,7 @@ def fit(
         try:
             if recipe.train.threads:
                 torch.set_num_threads(recipe.train.threads)
-            return _Fit(model, batches, recipe, run, tokenizer, data_fingerprint, evaluate, shown, name).run_all()
+            return _Fit(model, batches, recipe, run, tokenizer, data_fingerprint, evaluate, loss, shown, name).run_all()
         finally:
             torch.set_num_threads(threads)
             shown.close()
@@ -121,12 +128,13 @@ class _Fit:
         tokenizer: Tokenizer,
         data_fingerprint: str,
         evaluate: Evaluate | None,
+        loss: Loss,
         progress: Progress,
         name: str,
     ) -> None:
         self.model, self.batches, self.recipe, self.folder = model, batches, recipe, run
         self.tokenizer, self.data_fingerprint, self.evaluate = tokenizer, data_fingerprint, evaluate
-        self.progress, self.name = progress, name
+        self.loss, self.progress, self.name = loss, progress, name
         self.device = torch.device(recipe.train.device)
         self.precision = resolve_precision(recipe.train.precision, self.device)
         self.model.to(self.device)
@@ -198,7 +206,7 @@ class _Fit:
         loss = 0.0
         for batch in batches:
             with self._autocast():
-                part = summed_loss(self.model, batch.to(self.device)) / total_weight
+                part = self.loss(self.model, batch.to(self.device)) / total_weight
             loss += part.item()
             if not math.isfinite(loss):
                 raise TrainingDiverged(self._bad_news(f"the loss is {loss}"))
