@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from encore.adapt import Copy, Fill, ScaledRow, adapt, plan, same_size
+from encore.adapt import adapt
+from encore.adapt_plan import plan, same_size
 from encore.checkpoint.pretrained import expected_shapes, load, save
+from encore.checkpoint.recipes import Copy, Fill, ScaledRow
 from encore.config import GemmaConfig, Rope, StackConfig, VisionConfig
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma

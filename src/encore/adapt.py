@@ -1,17 +1,7 @@
-"""Gemma weights -> T5Gemma weights (arXiv 2504.06225 section 2.2; arXiv 2512.14856 section 2).
+"""adapt(): Gemma weights -> T5Gemma weights, from file to file.
 
-One pure function, `plan`, maps every tensor of the target to where it comes from; `adapt` carries that out from file
-to file, one tensor at a time, so that a model needs no more memory than its largest tensor.
-
-                     T5Gemma (from Gemma 2)                       T5Gemma 2 (from Gemma 3)
-    encoder          the source                                   the source
-    decoder          the source, or another one (--decoder)       the same; its attention reads target and memory
-    embedding        one per stack                                one for all, from the source, at most 262,144 rows
-    cross-attention  same size: the layer's self-attention        none: merged into self-attention
-                     and its norms; else random, warmed up
-    eoi_embedding    none                                         sqrt(d) x the row of the end-of-image token, so that
-                                                                  the function stays as it was
-    vision           none                                         tower and projector of a gemma3 folder
+What becomes of which tensor is in `adapt_plan`. It is carried out here one tensor at a time, so that a model needs no
+more memory than its largest tensor.
 """
 
 from __future__ import annotations
@@ -23,15 +13,16 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
 
 from encore import __version__
+from encore.adapt_plan import Layers, Plan, Style, plan
 from encore.checkpoint import CheckpointError
 from encore.checkpoint.config_json import config_to_json, read_config_file
 from encore.checkpoint.folder import TensorInfo, weight_files
@@ -47,7 +38,7 @@ from encore.checkpoint.pretrained import (
     text_only_placeholders,
 )
 from encore.checkpoint.provenance import check_out, sha256, spoken_name
-from encore.checkpoint.recipes import Copy, Fill, Recipe, ScaledRow, Side, producer, random_recipe
+from encore.checkpoint.recipes import Copy, Side, producer
 from encore.checkpoint.writing import (
     MAX_SHARD_BYTES,
     WEIGHT_PATTERNS,
@@ -57,27 +48,14 @@ from encore.checkpoint.writing import (
     write_json,
     write_weights,
 )
-from encore.config import GemmaConfig, StackConfig, T5GemmaConfig
+from encore.config import T5GemmaConfig, Variant
 
-Style = Literal["t5gemma", "t5gemma2"]
 Progress = Callable[[int, int], None]
 """Told the bytes done and the bytes in all, hashing and writing together."""
 
 PROVENANCE_FILE = "encore_adaptation.json"
-WARMUP_STEPS = 1000
-MAX_VOCAB_SIZE = 262_144
-IMAGE_TOKEN = 256_001
 
 _SAMPLING = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an adaptation makes: the target's config and, by our names, where each of its tensors comes from."""
-
-    config: T5GemmaConfig
-    recipes: Mapping[str, Recipe]
-    warmup: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +64,7 @@ class Adaptation:
 
     out: str
     style: Style
+    model_type: str  # of config.json: the style, or "encore_t5gemma" where no public format holds the model
     init: Literal["source", "random"]
     parameters: int
     num_bytes: int
@@ -96,79 +75,6 @@ class Adaptation:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def plan(
-    source: GemmaConfig,
-    style: Style,
-    decoder: GemmaConfig | None = None,
-    *,
-    rope_factor: float | None = None,
-    random: bool = False,
-) -> Plan:
-    """Which tensor of the target comes from where. ValueError, with the reason, if the two do not fit."""
-    config = target_config(source, style, decoder, rope_factor=rope_factor)
-    copied_cross = same_size(config.encoder, config.decoder)
-    names = expected_shapes(config)
-    if random:
-        return Plan(config, {name: random_recipe(name) for name in names}, None)
-    recipes = {name: _recipe(name, source, config, copied_cross) for name in names}
-    warmup = None
-    if style == "t5gemma" and not copied_cross:
-        warmup = {"steps": WARMUP_STEPS, "train": "cross_attention"}
-    return Plan(config, recipes, warmup)
-
-
-def target_config(
-    source: GemmaConfig, style: Style, decoder: GemmaConfig | None = None, *, rope_factor: float | None = None
-) -> T5GemmaConfig:
-    """The config of the target. ValueError, with the reason, if the source cannot become it."""
-    other = decoder or source
-    for role, config in (("source", source), ("decoder", other)):
-        if not isinstance(config, GemmaConfig):
-            raise ValueError(f"the {role} is a {config.model_type}; expected a decoder-only Gemma 2 or Gemma 3")
-        _check_style(role, config, style)
-    if style == "t5gemma":
-        if rope_factor is not None:
-            raise ValueError("rope_factor is for style t5gemma2: T5Gemma interpolates no positions")
-        encoder_stack, decoder_stack = source.stack, other.stack
-    else:
-        if rope_factor is not None and not 0 < rope_factor < math.inf:
-            raise ValueError(f"rope_factor is {rope_factor}; expected a number above 0 (8 in the released models)")
-        encoder_stack, decoder_stack = (_t5gemma2_stack(config.stack, rope_factor) for config in (source, other))
-        if encoder_stack.hidden_size != decoder_stack.hidden_size:
-            raise ValueError(
-                f"T5Gemma 2 has one embedding and merged attention, so both stacks need one width: "
-                f"{encoder_stack.hidden_size} in the source, {decoder_stack.hidden_size} in the decoder"
-            )
-    if encoder_stack.vocab_size != decoder_stack.vocab_size:
-        raise ValueError(
-            f"the source has {encoder_stack.vocab_size} tokens and the decoder {decoder_stack.vocab_size}; "
-            "both must share one tokenizer"
-        )
-    eos = source.extra.get("eos_token_id")
-    placeholder = source.image_token_index  # Gemma 3's, 262144, is the first id beyond the embedding as it is cut here
-    return T5GemmaConfig(
-        model_type=style,
-        encoder=encoder_stack,
-        decoder=decoder_stack,
-        final_logit_softcapping=other.final_logit_softcapping,
-        vision=source.vision if style == "t5gemma2" else None,
-        pad_token_id=source.pad_token_id,
-        eos_token_id=source.eos_token_id,
-        bos_token_id=source.bos_token_id,
-        boi_token_index=source.boi_token_index,
-        eoi_token_index=source.eoi_token_index,
-        image_token_index=placeholder if placeholder < encoder_stack.vocab_size else IMAGE_TOKEN,
-        extra={"eos_token_id": eos} if isinstance(eos, list) else {},
-    )
-
-
-def same_size(encoder: StackConfig, decoder: StackConfig) -> bool:
-    """Whether a decoder is balanced with its encoder: then cross-attention can copy self-attention."""
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes += ("num_key_value_heads", "head_dim")
-    return all(getattr(encoder, name) == getattr(decoder, name) for name in sizes)
 
 
 def adapt(
@@ -183,6 +89,9 @@ def adapt(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    encoder_layers: Layers | None = None,
+    decoder_layers: Layers | None = None,
+    **variant: Unpack[Variant],
 ) -> Adaptation:
     """Write the T5Gemma that a Gemma folder (or two) becomes, as a checkpoint folder.
 
@@ -192,6 +101,11 @@ def adapt(
         seed: of the tensors that are drawn (cross-attention of an unbalanced T5Gemma; everything if `random`).
         random: the same architecture with random weights: normal(0, 0.02), norms 0.
         force: write into a folder that holds files already.
+        encoder_layers, decoder_layers: another depth, by layers that are dropped or repeated: their number, spaced
+            evenly over the source's, or a list of the source's layers.
+        variant: `attention`, `tied_embeddings`, `cross_attention_layers`, `causal_encoder`, `shared_stack`, as
+            T5GemmaConfig describes them. What then is no plain T5Gemma or T5Gemma 2 is written under the model_type
+            encore_t5gemma, which other libraries refuse to load.
 
     Raises CheckpointError or ValueError before anything is written.
     """
@@ -204,9 +118,12 @@ def adapt(
     planned = plan(  # type checks inside
         configs["encoder"],  # type: ignore[arg-type]
         style,
-        configs["decoder"],  # type: ignore[arg-type]
+        None if decoder is None else configs["decoder"],  # type: ignore[arg-type]
         rope_factor=rope_factor,
         random=random,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        **variant,
     )
     check_out(Path(out), folders.values(), force)
     tensors, dtype = _outputs(planned, folders, seed=seed, random=random)
@@ -235,7 +152,8 @@ def adapt(
         "init": "random" if random else "source",
         "source": described(source, "encoder"),
         **({} if decoder is None else {"decoder_source": described(decoder, "decoder")}),
-        "options": {"rope_factor": rope_factor, "seed": seed},
+        "options": {"rope_factor": rope_factor, "seed": seed, **variant},
+        **_described_layers(planned, {"encoder": encoder_layers, "decoder": decoder_layers}),
         "versions": {
             "encore": __version__,
             "torch": torch.__version__,
@@ -256,6 +174,7 @@ def adapt(
     return Adaptation(
         out=os.fspath(out),
         style=style,
+        model_type=planned.config.file_type,
         init="random" if random else "source",
         parameters=sum(math.prod(shape) for shape in expected_shapes(planned.config).values()),
         num_bytes=to_write,
@@ -266,39 +185,14 @@ def adapt(
     )
 
 
-def _check_style(role: str, config: GemmaConfig, style: Style) -> None:
-    if style == "t5gemma" and config.stack.qk_norm:
-        raise ValueError(
-            f"the {role} is a {config.model_type}, whose queries and keys are normalised; T5Gemma has no such norms, "
-            "so they would be lost. Use style t5gemma2"
-        )
-    if style == "t5gemma2" and not config.stack.qk_norm:
-        raise ValueError(
-            f"the {role} is a {config.model_type}, which has no norms on queries and keys and caps its logits; "
-            "the layers of T5Gemma 2 are Gemma 3's. Use style t5gemma"
-        )
-
-
-def _t5gemma2_stack(stack: StackConfig, rope_factor: float | None) -> StackConfig:
-    rope = stack.global_rope if rope_factor is None else replace(stack.global_rope, factor=float(rope_factor))
-    return replace(stack, vocab_size=min(stack.vocab_size, MAX_VOCAB_SIZE), global_rope=rope)
-
-
-def _recipe(name: str, source: GemmaConfig, config: T5GemmaConfig, copied_cross: bool) -> Recipe:
-    """Where a tensor of the target (our name) comes from."""
-    side, _, inner = name.partition(".")
-    assert side in ("encoder", "decoder"), name
-    if inner == "embed_tokens.eoi_embedding":
-        inside = config.eoi_token_index < config.encoder.vocab_size
-        return ScaledRow(config.eoi_token_index) if inside else Fill(0.0)
-    if inner == "embed_tokens.weight":
-        rows = config.encoder.vocab_size
-        return Copy(side, inner, rows if rows < source.stack.vocab_size else None)
-    if "cross_attn" in inner:
-        if copied_cross:
-            return Copy(side, inner.replace("cross_attn", "self_attn"))
-        return random_recipe(name)
-    return Copy(side, inner)
+def _described_layers(planned: Plan, asked: Mapping[Side, Layers | None]) -> dict[str, Any]:
+    """Which of the source's layers became the target's, and by which rule, for each side of another depth."""
+    found = {
+        side: {"rule": "evenly spaced" if isinstance(layers, int) else "listed", "source_layers": planned.layers[side]}
+        for side, layers in asked.items()
+        if layers is not None
+    }
+    return {"layers": found} if found else {}
 
 
 def _outputs(planned: Plan, folders: Mapping[Side, Path], *, seed: int, random: bool) -> tuple[list[OutputTensor], str]:
@@ -321,7 +215,7 @@ def _outputs(planned: Plan, folders: Mapping[Side, Path], *, seed: int, random: 
         recipe = planned.recipes[name]
         kind = stored[recipe.side][recipe.name].dtype if isinstance(recipe, Copy) else code
         pieces = producer(recipe, stored, shape, kind, f"{seed}:{name}")
-        tensors.append(OutputTensor(public_name(planned.config.model_type, name), kind, shape, pieces))
+        tensors.append(OutputTensor(public_name(planned.config.file_type, name), kind, shape, pieces))
     return sorted(tensors, key=lambda tensor: tensor.name), dtype
 
 

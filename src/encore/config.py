@@ -11,11 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 LayerType = Literal["sliding_attention", "full_attention"]
 GemmaType = Literal["gemma2", "gemma3_text", "gemma3"]
 T5GemmaType = Literal["t5gemma", "t5gemma2"]
+FULL: LayerType = "full_attention"
+AttentionKind = Literal["separate", "merged"]
+MemoryLayers = Literal["all", "full_attention"]
+
+VARIANT_TYPE = "encore_t5gemma"
+"""The model_type of files whose encoder-decoder no public format can hold: nobody else may load it as another one."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,42 @@ class GemmaConfig:
     image_token_index: int = 262_144
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
 
+    @property
+    def file_type(self) -> str:
+        """The model_type that its config.json names."""
+        return self.model_type
+
+
+class Variant(TypedDict, total=False):
+    """How an encoder-decoder may differ from its family: the fields of T5GemmaConfig of the same names."""
+
+    attention: AttentionKind | None
+    tied_embeddings: bool | None
+    cross_attention_layers: MemoryLayers
+    causal_encoder: bool
+    shared_stack: bool
+
+
+VARIANT_FIELDS = tuple(Variant.__annotations__)
+
 
 @dataclass(frozen=True)
 class T5GemmaConfig:
     """An encoder-decoder.
 
-    "t5gemma" has separate cross-attention and two embeddings, "t5gemma2" merged attention and one embedding.
+    `model_type` is its family: "t5gemma" has the layers of Gemma 2, separate cross-attention and two embeddings,
+    "t5gemma2" the layers of Gemma 3, merged attention and one embedding. The papers' ablations, and what is new here,
+    are fields; those that are None become what the family has:
+
+        attention               "separate": each decoder layer has cross-attention after its self-attention;
+                                "merged": its self-attention reads the target and the memory under one softmax
+        tied_embeddings         whether encoder input, decoder input and head share one matrix, or the last two only
+        cross_attention_layers  which decoder layers read the memory: "all", or the global ones only ("full_attention")
+        causal_encoder          the encoder sees to the left only, as the decoder does
+        shared_stack            encoder and decoder have the same layers and final norm (cross-attention is the
+                                decoder's own)
+
+    Merged attention with an encoder of another width than the decoder has one learned projection of the memory.
     """
 
     model_type: T5GemmaType
@@ -122,21 +158,54 @@ class T5GemmaConfig:
     boi_token_index: int = 255_999
     eoi_token_index: int = 256_000
     image_token_index: int = 256_001
+    attention: AttentionKind | None = None
+    tied_embeddings: bool | None = None
+    cross_attention_layers: MemoryLayers = "all"
+    causal_encoder: bool = False
+    shared_stack: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.model_type == "t5gemma2":
+        if self.attention is None:
+            object.__setattr__(self, "attention", "merged" if self.model_type == "t5gemma2" else "separate")
+        if self.tied_embeddings is None:
+            object.__setattr__(self, "tied_embeddings", self.model_type == "t5gemma2")
+        for name, allowed in (("attention", ("separate", "merged")), ("cross_attention_layers", ("all", FULL))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, allowed))}")
+        if self.tied_embeddings:
             for name in ("hidden_size", "vocab_size"):
                 encoder, decoder = getattr(self.encoder, name), getattr(self.decoder, name)
                 if encoder != decoder:
                     raise ValueError(
-                        f"T5Gemma 2 needs equal stacks: {name} is {encoder} in the encoder, {decoder} in the decoder"
+                        f"one embedding for both needs equal stacks: {name} is {encoder} in the encoder, {decoder} in "
+                        "the decoder; make them equal, or the embeddings separate (tied_embeddings=False)"
                     )
+        if self.shared_stack and self.encoder != self.decoder:
+            raise ValueError("shared_stack needs an encoder and a decoder of the same description; make them equal")
+        if self.cross_attention_layers == FULL and FULL not in self.decoder.layer_types:
+            raise ValueError("only global layers are to read the memory, but the decoder has none of them")
 
     @property
-    def tied_embeddings(self) -> bool:
-        """Whether encoder input, decoder input and head share one matrix (T5Gemma 2)."""
-        return self.model_type == "t5gemma2"
+    def is_public(self) -> bool:
+        """Whether it is a plain T5Gemma or T5Gemma 2, which the public format of its family holds."""
+        plain = T5GemmaConfig(self.model_type, self.encoder, self.encoder)
+        return all(getattr(self, name) == getattr(plain, name) for name in VARIANT_FIELDS)
+
+    @property
+    def file_type(self) -> str:
+        """The model_type that its config.json names."""
+        return self.model_type if self.is_public else VARIANT_TYPE
+
+    @property
+    def projects_memory(self) -> bool:
+        """Whether the memory has to be brought to the decoder's width before its layers read it."""
+        return self.attention == "merged" and self.encoder.hidden_size != self.decoder.hidden_size
+
+    @property
+    def memory_layers(self) -> tuple[bool, ...]:
+        """For each decoder layer whether it reads the memory."""
+        return tuple(self.cross_attention_layers in ("all", kind) for kind in self.decoder.layer_types)
 
 
 ModelConfig = GemmaConfig | T5GemmaConfig

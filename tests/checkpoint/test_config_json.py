@@ -158,7 +158,7 @@ def test_a_missing_size_is_named(name: str) -> None:
         ({"model_type": "t5gemma", "encoder": {"hidden_size": "1"}, "decoder": {}}, "encoder.hidden_size is '1'"),
         (
             {"model_type": "t5gemma2", "encoder": {"text_config": {"hidden_size": 8}}, "decoder": {}},
-            "T5Gemma 2 needs equal stacks: hidden_size is 8 in the encoder, 2304 in the decoder",
+            "one embedding for both needs equal stacks: hidden_size is 8 in the encoder, 2304 in the decoder",
         ),
     ],
 )

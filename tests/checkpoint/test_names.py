@@ -6,20 +6,27 @@ import pytest
 
 from encore.checkpoint.names import TABLES, is_picture_part, our_name, public_name
 from encore.checkpoint.pretrained import expected_shapes
+from encore.config import T5GemmaConfig
 from encore.presets import preset
 
-PRESETS = {
-    "gemma2": "gemma-2-s",
-    "gemma3_text": "gemma-3-270m",
-    "gemma3": "gemma-3-4b",
-    "t5gemma": "t5gemma-s-s",
-    "t5gemma2": "t5gemma-2-270m-270m",
+CONFIGS = {
+    "gemma2": preset("gemma-2-s"),
+    "gemma3_text": preset("gemma-3-270m"),
+    "gemma3": preset("gemma-3-4b"),
+    "t5gemma": preset("t5gemma-s-s"),
+    "t5gemma2": preset("t5gemma-2-270m-270m"),
+    "encore_t5gemma": T5GemmaConfig(
+        "t5gemma2",
+        preset("gemma-3-1b").stack,
+        preset("gemma-3-270m").stack,
+        tied_embeddings=False,  # type: ignore
+    ),
 }
 
 
 @pytest.mark.parametrize("model_type", TABLES)
 def test_every_name_comes_back(model_type: str) -> None:
-    names = list(expected_shapes(preset(PRESETS[model_type])))
+    names = list(expected_shapes(CONFIGS[model_type]))
     written = [public_name(model_type, name) for name in names]
     assert len(set(written)) == len(names)
     assert [our_name(model_type, public) for public in written] == [(name, "weight") for name in names]

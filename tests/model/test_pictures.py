@@ -156,7 +156,8 @@ def test_features(pair, kind):
     theirs, ours = pair(kind)
     part = ours.encoder if kind == "t5gemma2" else ours
     pixels = pictures(5)
-    found = picture_features(part.vision_tower, part.multi_modal_projector, pixels)
+    pooled = picture_features(part.vision_tower, part.multi_modal_projector, pixels)
+    found = part.multi_modal_projector.project(pooled)
     assert found.shape == (5, PER_PICTURE, 32)
     close(found, theirs.get_image_features(pixels).pooler_output)
 
@@ -182,6 +183,14 @@ def test_t5gemma2(pair, rows, side):
     without = ours(tokens, target, mask)  # the placeholders' own embeddings
     with_picture = (tokens == PICTURE).any(dim=1)
     assert ((without - expected).abs().amax(dim=(1, 2)) > 0.01).equal(with_picture)
+
+
+def test_kept_features_stand_for_the_pixels(pair):
+    """What a frozen tower makes of a picture can be computed once."""
+    _, ours = pair("t5gemma2")
+    tokens, pixels, target = torch.tensor([row(3, 9), row(2, 10)]), pictures(2), torch.tensor([[2, 7, 8]] * 2)
+    kept = picture_features(ours.encoder.vision_tower, ours.encoder.multi_modal_projector, pixels)
+    close(ours(tokens, target, pictures=kept), ours(tokens, target, pictures=pixels))
 
 
 def test_the_placeholder_in_a_target_stays_text(pair):
@@ -290,7 +299,7 @@ def with_pictures(model, tokens: torch.Tensor, pixels: torch.Tensor):
         (1, (3, 56, 56), torch.float32, "32 picture placeholders (id 91), but 1 pictures fill 16: give 16"),
         (3, (3, 56, 56), torch.float32, "but 3 pictures fill 48"),
         (0, (3, 56, 56), torch.float32, "but 0 pictures fill 0"),
-        (2, (3, 56, 55), torch.float32, "shape (2, 3, 56, 55); expected (number, 3, 56, 56)"),
+        (2, (3, 56, 55), torch.float32, "shape (2, 3, 56, 55); expected pixels (number, 3, 56, 56)"),
         (2, (3, 56), torch.float32, "shape (2, 3, 56)"),
         (2, (3, 56, 56), torch.uint8, "dtype torch.uint8; expected floats in [-1, 1]"),
     ],

@@ -110,7 +110,7 @@ def average(
     for name, shape in shapes.items():
         infos = [weights.tensors[name] for weights in stored]
         kind = infos[0].dtype if dtype is None else code
-        tensors.append(OutputTensor(public_name(config.model_type, name), kind, shape, _mean_of(infos, kind)))
+        tensors.append(OutputTensor(public_name(config.file_type, name), kind, shape, _mean_of(infos, kind)))
     hashed = {source: weight_files(source) for source in sources}
     to_write = sum(tensor.num_bytes for tensor in tensors)
     total = to_write + sum(path.stat().st_size for source in sources for path in hashed[source])

@@ -22,7 +22,16 @@ from typing import Any
 
 from encore.checkpoint import CheckpointError
 from encore.checkpoint.config_keys import Keys, put_token, token
-from encore.config import GemmaConfig, ModelConfig, Rope, StackConfig, T5GemmaConfig, VisionConfig
+from encore.checkpoint.config_stack import GEMMA2_DEFAULTS, GEMMA3_DEFAULTS, read_stack, write_nested_dtype, write_stack
+from encore.checkpoint.variants import ARCHITECTURE, read_variant, write_variant
+from encore.config import (
+    VARIANT_TYPE,
+    GemmaConfig,
+    ModelConfig,
+    T5GemmaConfig,
+    Variant,
+    VisionConfig,
+)
 
 ARCHITECTURES = {
     "gemma2": "Gemma2ForCausalLM",
@@ -30,6 +39,7 @@ ARCHITECTURES = {
     "gemma3": "Gemma3ForConditionalGeneration",
     "t5gemma": "T5GemmaForConditionalGeneration",
     "t5gemma2": "T5Gemma2ForConditionalGeneration",
+    VARIANT_TYPE: ARCHITECTURE,
 }
 """What `architectures` says, by model_type: the kinds of folder that we read and write."""
 
@@ -45,30 +55,6 @@ TEXT_ONLY_VISION = VisionConfig(
 """The stand-in tower of a T5Gemma 2 without pictures: transformers always builds one, ours is skipped."""
 
 _MAX_CONFIG_BYTES = 16 * 2**20
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-_GEMMA2_DEFAULTS: dict[str, Any] = {
-    **dict(zip(_SIZES, (256_000, 2304, 9216, 26, 8, 4), strict=True)),
-    "max_position_embeddings": 8192,
-    "softcap": 50.0,
-    "final_softcap": 30.0,
-    "pattern": 2,
-    "theta": 10_000.0,
-}
-_GEMMA3_DEFAULTS: dict[str, Any] = {
-    **dict(zip(_SIZES, (262_208, 2304, 9216, 26, 8, 4), strict=True)),
-    "max_position_embeddings": 131_072,
-    "softcap": None,
-    "final_softcap": None,
-    "pattern": 6,
-    "theta": 1_000_000.0,
-}
 _SIGLIP_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -79,14 +65,6 @@ _SIGLIP_DEFAULTS = {
     "num_channels": 3,
 }
 _PICTURE_TOKENS = {"boi_token_index": 255_999, "eoi_token_index": 256_000, "image_token_index": 262_144}
-_FIXED = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": True,
-    "use_cache": True,
-}
-_SUPERSEDED = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern", "hidden_act")
 
 
 def read_config_file(folder: Path) -> ModelConfig:
@@ -115,10 +93,11 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError("quantization_config is set; only float checkpoints are read here")
     keys = Keys(raw)
     try:
-        if model_type == "t5gemma":
-            return _read_t5gemma(keys)
-        if model_type == "t5gemma2":
-            return _read_t5gemma2(keys)
+        family, variant = read_variant(keys) if model_type == VARIANT_TYPE else (model_type, Variant())
+        if family == "t5gemma":
+            return _read_t5gemma(keys, variant)
+        if family == "t5gemma2":
+            return _read_t5gemma2(keys, variant)
         return _read_gemma(keys, model_type)
     except CheckpointError:
         raise
@@ -130,10 +109,12 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Our config -> what transformers 5 writes, plus the unknown keys of the file it was read from."""
     raw: dict[str, Any] = copy.deepcopy(dict(config.extra))
     raw.pop("torch_dtype", None)
-    raw.update(model_type=config.model_type, architectures=[ARCHITECTURES[config.model_type]], dtype=dtype)
+    raw.update(model_type=config.file_type, architectures=[ARCHITECTURES[config.file_type]], dtype=dtype)
     if isinstance(config, GemmaConfig):
         _write_gemma(config, raw, dtype)
-    elif config.model_type == "t5gemma":
+        return raw
+    write_variant(config, raw)
+    if config.model_type == "t5gemma":
         _write_t5gemma(config, raw, dtype)
     else:
         _write_t5gemma2(config, raw, dtype)
@@ -141,13 +122,13 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _read_gemma(keys: Keys, model_type: str) -> GemmaConfig:
-    defaults = _GEMMA2_DEFAULTS if model_type == "gemma2" else _GEMMA3_DEFAULTS
+    defaults = GEMMA2_DEFAULTS if model_type == "gemma2" else GEMMA3_DEFAULTS
     pictures = model_type == "gemma3"
     text = keys.child("text_config") if pictures else keys
     sources = (keys, text)
     return GemmaConfig(
         model_type=model_type,  # type: ignore[arg-type]
-        stack=_read_stack(text, defaults, qk_norm=model_type != "gemma2", required=not pictures),
+        stack=read_stack(text, defaults, qk_norm=model_type != "gemma2", required=not pictures),
         final_logit_softcapping=text.number_or_none("final_logit_softcapping", defaults["final_softcap"]),
         vision=_read_vision(keys, keys) if pictures else None,
         **_read_tokens(sources),
@@ -156,28 +137,30 @@ def _read_gemma(keys: Keys, model_type: str) -> GemmaConfig:
     )
 
 
-def _read_t5gemma(keys: Keys) -> T5GemmaConfig:
+def _read_t5gemma(keys: Keys, variant: Variant) -> T5GemmaConfig:
     decoder = keys.child("decoder")
     return T5GemmaConfig(
         model_type="t5gemma",
-        encoder=_read_stack(keys.child("encoder"), _GEMMA2_DEFAULTS, qk_norm=False, required=False),
-        decoder=_read_stack(decoder, _GEMMA2_DEFAULTS, qk_norm=False, required=False),
+        encoder=read_stack(keys.child("encoder"), GEMMA2_DEFAULTS, qk_norm=False, required=False),
+        decoder=read_stack(decoder, GEMMA2_DEFAULTS, qk_norm=False, required=False),
         final_logit_softcapping=decoder.number_or_none("final_logit_softcapping", 30.0),
         **_read_tokens((keys, decoder)),
+        **variant,
         extra=keys.raw,
     )
 
 
-def _read_t5gemma2(keys: Keys) -> T5GemmaConfig:
+def _read_t5gemma2(keys: Keys, variant: Variant) -> T5GemmaConfig:
     encoder, decoder = keys.child("encoder"), keys.child("decoder")
     return T5GemmaConfig(
         model_type="t5gemma2",
-        encoder=_read_stack(encoder.child("text_config"), _GEMMA3_DEFAULTS, qk_norm=True, required=False),
-        decoder=_read_stack(decoder, _GEMMA3_DEFAULTS, qk_norm=True, required=False),
+        encoder=read_stack(encoder.child("text_config"), GEMMA3_DEFAULTS, qk_norm=True, required=False),
+        decoder=read_stack(decoder, GEMMA3_DEFAULTS, qk_norm=True, required=False),
         final_logit_softcapping=decoder.number_or_none("final_logit_softcapping", None),
         vision=None if keys.raw.get("text_only") is True else _read_vision(encoder, encoder),
         **_read_tokens((keys, decoder)),
         **_read_picture_tokens((keys, encoder), image_token_index=256_001),
+        **variant,
         extra=keys.raw,
     )
 
@@ -190,74 +173,6 @@ def _read_tokens(sources: tuple[Keys, ...]) -> dict[str, Any]:
 def _read_picture_tokens(sources: tuple[Keys, ...], image_token_index: int) -> dict[str, Any]:
     defaults = {**_PICTURE_TOKENS, "image_token_index": image_token_index}
     return {name: token(sources, (name, name.replace("_index", "_id")), value) for name, value in defaults.items()}
-
-
-def _read_stack(keys: Keys, defaults: Mapping[str, Any], *, qk_norm: bool, required: bool) -> StackConfig:
-    sizes = {name: keys.integer(name, None if required else defaults[name]) for name in _SIZES}
-    if keys.raw.get("use_bidirectional_attention"):
-        raise CheckpointError(
-            f"{keys.where('use_bidirectional_attention')} is {keys.raw['use_bidirectional_attention']!r}: "
-            "an embedding model without causal masks is not a decoder-only Gemma; only false is read"
-        )
-    keys.expect("hidden_activation", "gelu_pytorch_tanh", None)
-    keys.expect("attention_bias", False, None)
-    keys.expect("tie_word_embeddings", True, None)
-    layer_types = _read_layer_types(keys, sizes["num_hidden_layers"], defaults["pattern"])
-    max_positions = keys.integer("max_position_embeddings", defaults["max_position_embeddings"])
-    window_free = keys.raw.get("sliding_window", 0) is None and "sliding_attention" not in layer_types
-    local_rope, global_rope = _read_ropes(keys, defaults["theta"], by_layer_type=qk_norm)
-    return StackConfig(
-        **sizes,
-        head_dim=keys.integer("head_dim", 256),
-        layer_types=layer_types,  # type: ignore[arg-type]
-        sliding_window=max_positions if window_free else keys.integer("sliding_window", 4096),
-        local_rope=local_rope,
-        global_rope=global_rope,
-        query_pre_attn_scalar=keys.number("query_pre_attn_scalar", 256),
-        qk_norm=qk_norm,
-        attn_logit_softcapping=keys.number_or_none("attn_logit_softcapping", defaults["softcap"]),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=max_positions,
-    )
-
-
-def _read_layer_types(keys: Keys, num_layers: int, default_pattern: int) -> tuple[str, ...]:
-    """One type per layer: listed, or every `sliding_window_pattern`-th layer is global."""
-    listed = keys.raw.get("layer_types")
-    if listed is not None:
-        if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-            raise CheckpointError(f"{keys.where('layer_types')} is {listed!r}; expected a list of names")
-        return tuple(listed)
-    name = "sliding_window_pattern" if "sliding_window_pattern" in keys.raw else "_sliding_window_pattern"
-    pattern = keys.integer(name, default_pattern)
-    return tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers))
-
-
-def _read_ropes(keys: Keys, theta: float, *, by_layer_type: bool) -> tuple[Rope, Rope]:
-    """(local, global). Gemma 2 and T5Gemma have one for both; Gemma 3 and T5Gemma 2 scale the global one only."""
-    theta = keys.number("rope_theta", theta)
-    local_theta = keys.number("rope_local_base_freq", 10_000.0) if by_layer_type else theta
-    name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
-    given = keys.child(name, default={})
-    if "full_attention" in given.raw or "sliding_attention" in given.raw:
-        return (
-            _read_rope(given.child("sliding_attention", default={}), local_theta),
-            _read_rope(given.child("full_attention", default={}), theta),
-        )
-    if by_layer_type and name == "rope_parameters":
-        raise CheckpointError(
-            f"{keys.where(name)} is flat; expected one object under full_attention and one under sliding_attention"
-        )
-    rope = _read_rope(given, theta)
-    return (Rope(local_theta) if by_layer_type else rope), rope
-
-
-def _read_rope(keys: Keys, theta: float) -> Rope:
-    kind_key = "rope_type" if "rope_type" in keys.raw else "type"
-    keys.expect(kind_key, "default", "linear", None)
-    keys.expect("partial_rotary_factor", 1, 1.0, None)
-    linear = keys.raw.get(kind_key) == "linear"
-    return Rope(keys.number("rope_theta", theta), keys.number("factor", None) if linear else 1.0)
 
 
 def _read_vision(keys: Keys, tokens: Keys) -> VisionConfig | None:
@@ -274,7 +189,7 @@ def _read_vision(keys: Keys, tokens: Keys) -> VisionConfig | None:
 
 def _write_gemma(config: GemmaConfig, raw: dict[str, Any], dtype: str) -> None:
     if config.model_type != "gemma3":
-        _write_stack(config.stack, raw, config.model_type, dtype)
+        write_stack(config.stack, raw, config.model_type, dtype, top=True)
         raw["final_logit_softcapping"] = config.final_logit_softcapping
         _write_tokens(config, raw)
         for name, default in _PICTURE_TOKENS.items():  # no public keys here, but a vocabulary of its own has others
@@ -284,7 +199,7 @@ def _write_gemma(config: GemmaConfig, raw: dict[str, Any], dtype: str) -> None:
     if config.vision is None:
         raise CheckpointError("a gemma3 config needs its vision part; without pictures the model_type is gemma3_text")
     text = raw.setdefault("text_config", {})
-    _write_stack(config.stack, text, "gemma3_text", dtype)
+    write_stack(config.stack, text, "gemma3_text", dtype)
     text["final_logit_softcapping"] = config.final_logit_softcapping
     _write_tokens(config, text if "eos_token_id" not in raw else raw)
     _write_picture_tokens(config, raw)
@@ -297,7 +212,7 @@ def _write_gemma(config: GemmaConfig, raw: dict[str, Any], dtype: str) -> None:
 def _write_t5gemma(config: T5GemmaConfig, raw: dict[str, Any], dtype: str) -> None:
     encoder, decoder = raw.setdefault("encoder", {}), raw.setdefault("decoder", {})
     for stack, section, is_decoder in ((config.encoder, encoder, False), (config.decoder, decoder, True)):
-        _write_stack(stack, section, "t5_gemma_module", dtype)
+        write_stack(stack, section, "t5_gemma_module", dtype)
         _write_tokens(config, section)
         section["is_decoder"] = is_decoder
         section.setdefault("dropout_rate", 0.0)
@@ -313,7 +228,7 @@ def _write_t5gemma2(config: T5GemmaConfig, raw: dict[str, Any], dtype: str) -> N
     text = encoder.setdefault("text_config", {})
     sections = ((config.encoder, text, "t5gemma2_text"), (config.decoder, decoder, "t5gemma2_decoder"))
     for stack, section, kind in sections:
-        _write_stack(stack, section, kind, dtype)
+        write_stack(stack, section, kind, dtype)
         _write_tokens(config, section)
         section.setdefault("dropout_rate", 0.0)
     text.setdefault("final_logit_softcapping", config.final_logit_softcapping)
@@ -343,48 +258,12 @@ def _write_encoder_decoder(config: T5GemmaConfig, raw: dict[str, Any]) -> None:
         raw.setdefault(name, value)
 
 
-def _write_stack(stack: StackConfig, raw: dict[str, Any], model_type: str, dtype: str) -> None:
-    for name in _SUPERSEDED:
-        raw.pop(name, None)
-    _write_nested_dtype(raw, dtype, top=model_type in ARCHITECTURES and "architectures" in raw)
-    for name in (*_SIZES, "head_dim", "sliding_window", "attn_logit_softcapping", "rms_norm_eps"):
-        raw[name] = getattr(stack, name)
-    scalar = stack.query_pre_attn_scalar
-    raw["query_pre_attn_scalar"] = int(scalar) if float(scalar).is_integer() else scalar
-    raw["max_position_embeddings"] = stack.max_position_embeddings
-    raw["layer_types"] = list(stack.layer_types)
-    raw["model_type"] = model_type
-    if stack.qk_norm:
-        ropes = {"full_attention": stack.global_rope, "sliding_attention": stack.local_rope}
-        raw["rope_parameters"] = {kind: _rope_json(rope) for kind, rope in ropes.items()}
-    elif stack.local_rope != stack.global_rope:
-        raise CheckpointError(f"{model_type} has one RoPE for all layers, not {stack.local_rope}, {stack.global_rope}")
-    else:
-        raw["rope_parameters"] = _rope_json(stack.global_rope)
-    raw["hidden_activation"] = "gelu_pytorch_tanh"
-    for name, value in _FIXED.items():
-        raw.setdefault(name, value)
-
-
-def _rope_json(rope: Rope) -> dict[str, Any]:
-    if rope.factor == 1.0:
-        return {"rope_theta": rope.theta, "rope_type": "default"}
-    return {"factor": rope.factor, "rope_theta": rope.theta, "rope_type": "linear"}
-
-
 def _write_vision(vision: VisionConfig, raw: dict[str, Any], dtype: str) -> None:
-    _write_nested_dtype(raw, dtype, top=False)
+    write_nested_dtype(raw, dtype, top=False)
     for name in (*_SIGLIP_DEFAULTS, "layer_norm_eps"):
         raw[name] = getattr(vision, name)
     raw.update(model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh", vision_use_head=False)
     raw.setdefault("attention_dropout", 0.0)
-
-
-def _write_nested_dtype(raw: dict[str, Any], dtype: str, *, top: bool) -> None:
-    """A nested object that names a dtype names that of the file; the top level is written by the caller."""
-    old = raw.pop("torch_dtype", None)
-    if not top and (old is not None or raw.get("dtype") is not None):
-        raw["dtype"] = dtype
 
 
 def _write_tokens(config: ModelConfig, raw: dict[str, Any]) -> None:

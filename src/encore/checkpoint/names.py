@@ -5,7 +5,7 @@ prefix that stands before ours, and (Gemma) two norms that T5Gemma names better.
 
     ours                                       gemma2, gemma3_text          gemma3
     layers.0.pre_self_attn_layernorm.weight    model.layers.0.input_…       language_model.model.layers.0.input_…
-    encoder.layers.0.mlp.up_proj.weight        model.encoder.layers.0.…     (t5gemma, t5gemma2)
+    encoder.layers.0.mlp.up_proj.weight        model.encoder.layers.0.…     (t5gemma, t5gemma2, encore_t5gemma)
 
 Read are also the older layouts: with or without `model.`; `model.language_model.`; `encoder.text_model.`;
 `vision_tower.vision_model.`; tied copies (which must equal their original); rotary buffers (ignored, they are
@@ -18,6 +18,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from encore.config import VARIANT_TYPE
 
 Role = Literal["weight", "tied", "ignored"]
 
@@ -78,6 +80,7 @@ TABLES: dict[str, NameTable] = {
             f"decoder.{_END_OF_IMAGE}": f"encoder.{_END_OF_IMAGE}",
         },
     ),
+    VARIANT_TYPE: NameTable(prefixes=(("", "model."),), dropped=re.compile(r"^(?:model\.)?"), tied={}),
 }
 
 

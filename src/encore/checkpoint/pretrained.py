@@ -22,6 +22,8 @@ from encore.checkpoint.config_json import TEXT_ONLY_VISION, config_to_json, read
 from encore.checkpoint.folder import TensorInfo, read_folder, same_bytes
 from encore.checkpoint.hub import carried_files, resolve
 from encore.checkpoint.names import is_picture_part, our_name, public_name
+from encore.checkpoint.packed import fill_packed
+from encore.checkpoint.packing import packing
 from encore.checkpoint.writing import (
     MAX_SHARD_BYTES,
     OutputTensor,
@@ -105,8 +107,13 @@ def load(
         raise ValueError(f"part is {part!r}; expected 'all' or 'encoder'")
     if part == "encoder" and not isinstance(config, T5GemmaConfig):
         raise CheckpointError(f"{folder} holds a {config.model_type}, which has no encoder; load it with part='all'")
-    weights = check_folder(folder, config)
     prefix = "encoder." if part == "encoder" else ""
+    if packing(config) is not None:
+        model = build_on_meta(config, vision=vision, part=part)
+        fill_packed(model, folder, config, wanted, target_device, prefix)
+        model.origin = folder.absolute()  # type: ignore[assignment]
+        return model.eval()
+    weights = check_folder(folder, config)
     if part == "all":
         weights.check_tied()
     model = build_on_meta(config, vision=vision, part=part)
@@ -122,7 +129,8 @@ def save(
     tokenizer: SavesItself | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a folder that transformers 5 loads, with the names and tied-weight omissions of its own.
+    """Write a folder that transformers 5 loads, with the names and tied-weight omissions of its own. A model that is
+    no plain T5Gemma or T5Gemma 2 is written under a model_type of ours, which transformers refuses.
 
     What the model does not hold comes from the folder it was loaded from: the vision tower and projector (unless
     loaded), generation settings, licences, and the tokenizer unless one is given. The folder appears whole or not at
@@ -153,7 +161,7 @@ def check_folder(folder: Path, config: ModelConfig | None = None) -> Weights:
     stored: dict[str, TensorInfo] = {}
     copies: list[tuple[TensorInfo, str]] = []
     for public, info in read_folder(folder).items():
-        name, role = our_name(config.model_type, public)
+        name, role = our_name(config.file_type, public)
         if role == "ignored" or (config.vision is None and config.extra.get("text_only") and is_picture_part(name)):
             continue
         if info.dtype not in DTYPES:
@@ -201,11 +209,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def text_only_placeholders(config: ModelConfig, dtype: str) -> list[OutputTensor]:
     """Zeros for the stand-in tower of a T5Gemma 2 without pictures, so that transformers finds every tensor."""
-    if config.model_type != "t5gemma2" or config.vision is not None:
+    if config.file_type != "t5gemma2" or config.vision is not None:
         return []
     shapes = expected_shapes(replace(config, vision=TEXT_ONLY_VISION))
     return [
-        zeros(public_name(config.model_type, name), dtype, shape)
+        zeros(public_name(config.file_type, name), dtype, shape)
         for name, shape in shapes.items()
         if is_picture_part(name)
     ]
@@ -266,7 +274,7 @@ def _compare(
     folder: Path, config: ModelConfig, stored: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     def public(name: str) -> str:
-        return stored[name].name if name in stored else public_name(config.model_type, name)
+        return stored[name].name if name in stored else public_name(config.file_type, name)
 
     for name, shape in shapes.items():
         if name in stored and stored[name].shape != shape:
@@ -307,7 +315,7 @@ def _outputs(model: Gemma | T5Gemma, origin: Path | None) -> list[OutputTensor]:
     odd += [name for name in shapes if name not in held and not is_picture_part(name)]
     if odd:
         raise CheckpointError(
-            f"the model is no plain {config.model_type}: {', '.join(odd[:_SHOWN])} do not fit its config; "
+            f"the model is no plain {config.file_type}: {', '.join(odd[:_SHOWN])} do not fit its config; "
             "merge adapters and unpack weights before save()"
         )
     for name, parameter in held.items():
@@ -326,7 +334,7 @@ def _outputs(model: Gemma | T5Gemma, origin: Path | None) -> list[OutputTensor]:
             raise CheckpointError(f"{origin} does not hold {name} of shape {list(shapes[name])}")
 
     def output(name: str, shape: tuple[int, ...]) -> OutputTensor:
-        public, dtype = public_name(config.model_type, name), model.head_weight.dtype
+        public, dtype = public_name(config.file_type, name), model.head_weight.dtype
         if name in held:
             return OutputTensor(public, _NAMES[held[name].dtype], shape, lambda: tensor_pieces(held[name]))
         return OutputTensor(public, _NAMES[dtype], shape, lambda: tensor_pieces(map_tensor(kept[name]).to(dtype)))

@@ -49,7 +49,7 @@ class Visible(Protocol):
 
     @property
     def may_be_blind(self) -> bool:
-        """Whether some row may see no key at all (padding)."""
+        """Whether some row may see no key at all (padding), in this part."""
         ...
 
 
@@ -67,7 +67,7 @@ def attend(
 ) -> Float[Tensor, "B T HE"]:
     """Attention of `q` (already scaled) over the joined `parts`; heads come back side by side, ready for `o_proj`.
 
-    A row that sees no key in any part gives zeros. Softmax runs in float32.
+    A row that sees no key gives zeros, if every part says that it may be blind. Softmax runs in float32.
     """
     batch, num_heads, num_rows, head_dim = q.shape
     num_kv_heads = parts[0].k.shape[1]
@@ -101,7 +101,7 @@ def _block(q: Tensor, rows: slice, parts: Sequence[Keys], softcap: float | None)
     groups, num_rows = q.shape[2:4]
     folded = q.flatten(2, 3)
     scores, values = [], []
-    blind = False
+    blind = True
     for part in parts:
         keys = part.visible.keys_of(rows)
         s = (folded @ part.k[:, :, keys].transpose(-1, -2)).float()
@@ -112,7 +112,7 @@ def _block(q: Tensor, rows: slice, parts: Sequence[Keys], softcap: float | None)
             s = s.unflatten(2, (groups, num_rows)).masked_fill(hidden[:, None, None], HIDDEN).flatten(2, 3)
         scores.append(s)
         values.append(part.v[:, :, keys])
-        blind = blind or part.visible.may_be_blind
+        blind = blind and part.visible.may_be_blind
     joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     weights = torch.softmax(joined, dim=-1)
     if blind:  # a row that sees nothing has equal weights on hidden keys: make them zeros

@@ -7,6 +7,8 @@ needs no mask; several new ones attend to the ring as it was and to each other, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -54,7 +56,7 @@ class Cache:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        memories: list[tuple[Tensor, Tensor]] | None = None,
+        memories: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> None:
         self.config = config
         self.max_tokens = max_tokens

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from encore.config import GemmaConfig
 from encore.model.cache import Cache
 from encore.model.decoder import self_views
-from encore.model.encoder import SelfLayer, check_tokens
+from encore.model.encoder import SelfLayer, check_tokens, packed
 from encore.model.layers import RMSNorm, ScaledEmbedding, init_weights, vocabulary_logits
 from encore.model.masks import picture_groups
 from encore.model.vision import MultiModalProjector, VisionTower, insert_pictures
@@ -59,19 +59,22 @@ class Gemma(nn.Module):
         *,
         positions: Int[Tensor, "#B T"] | None = None,
         pictures: Float[Tensor, "N C size size"] | None = None,
+        segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """States after the final norm, before the head: for losses that never hold all logits.
 
         `pictures`, pixels in [-1, 1], stand in the order of their placeholders over the batch. With a cache, all
-        placeholders of a picture come in one call.
+        placeholders of a picture come in one call. `segment_ids` are of packed rows (0 = padding, 1, 2, … rising from
+        the left): each segment is read as if it were alone.
         """
         check_tokens(tokens, mask, self.head_weight.shape[0], "input")
+        mask, segments = packed(tokens, mask, segment_ids, "input")
         x = self.embed_tokens(tokens)
         groups = None
         if pictures is not None:
             x = insert_pictures(x, tokens, pictures, self.config, self.vision_tower, self.multi_modal_projector)
             groups = picture_groups(tokens, self.config.image_token_index)
-        views = self_views(self.config.stack, x, mask, cache, positions, groups)
+        views = self_views(self.config.stack, x, mask, cache, positions, groups, segments)
         for i, kind in enumerate(self.config.stack.layer_types):
             x = self.layers[i](x, views[kind], None if cache is None else cache.layers[i])
         if cache is not None:
@@ -89,9 +92,11 @@ class Gemma(nn.Module):
         *,
         positions: Int[Tensor, "#B T"] | None = None,
         pictures: Float[Tensor, "N C size size"] | None = None,
+        segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits after soft-capping. With a cache from `make_cache`, takes the next tokens and updates it in place."""
-        return self.logits(self.states(tokens, mask, cache, positions=positions, pictures=pictures))
+        states = self.states(tokens, mask, cache, positions=positions, pictures=pictures, segment_ids=segment_ids)
+        return self.logits(states)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal(0, 0.02), norms zero."""

@@ -111,6 +111,18 @@ def real_positions(
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0) + start
 
 
+def segment_positions(segment_ids: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Positions that start again at 0 in each segment of a packed row.
+
+    >>> segment_positions(torch.tensor([[1, 1, 1, 2, 2, 0]]))
+    tensor([[0, 1, 2, 0, 1, 0]])
+    """
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
 def vocabulary_logits(
     states: Float[Tensor, "*B D"], head_weight: Float[Tensor, "V D"], softcap: float | None
 ) -> Float[Tensor, "*B V"]:

@@ -22,7 +22,10 @@ from encore.model.layers import ScaledEmbedding, init_weights, vocabulary_logits
 
 
 class T5Gemma(nn.Module):
-    """An encoder-decoder. T5Gemma 2 ties encoder input, decoder input and head; T5Gemma only the last two."""
+    """An encoder-decoder. T5Gemma 2 ties encoder input, decoder input and head; T5Gemma only the last two.
+
+    With `config.shared_stack` the encoder's layers are made of the decoder's modules, and have its final norm.
+    """
 
     origin: Path | None = None
     """The folder it was loaded from, if any."""
@@ -36,6 +39,11 @@ class T5Gemma(nn.Module):
         else:
             embed_tokens = ScaledEmbedding(config.decoder.vocab_size, config.decoder.hidden_size)
         self.decoder = Decoder(config, embed_tokens)
+        if config.shared_stack:
+            for mine, theirs in zip(self.encoder.layers, self.decoder.layers, strict=True):
+                for name, _ in list(mine.named_children()):
+                    setattr(mine, name, getattr(theirs, name))
+            self.encoder.norm = self.decoder.norm
 
     @property
     def head_weight(self) -> Float[Tensor, "V D"]:
@@ -48,24 +56,27 @@ class T5Gemma(nn.Module):
         *,
         positions: Int[Tensor, "#B S"] | None = None,
         pictures: Float[Tensor, "N C size size"] | None = None,
+        segment_ids: Int[Tensor, "B S"] | None = None,
     ) -> Memory:
         """Source ids to a Memory. `encoder_mask` is True for real tokens; None = all, whatever the ids.
 
-        `pictures`, pixels in [-1, 1], stand in the order of their placeholders over the batch.
+        `pictures`, pixels in [-1, 1], stand in the order of their placeholders over the batch. `segment_ids` are of
+        packed rows: 0 = padding, 1, 2, … rising from the left; each segment is read as if it were alone.
         """
-        return self.encoder(encoder_input_tokens, encoder_mask, positions=positions, pictures=pictures)
+        return self.encoder(
+            encoder_input_tokens, encoder_mask, positions=positions, pictures=pictures, segment_ids=segment_ids
+        )
 
     def make_cache(self, memory: Memory, max_target_tokens: int) -> Cache:
         """Keys and values of the memory, computed once, and room for `max_target_tokens` tokens."""
         weight = self.head_weight
-        memories = [layer.memory_keys_values(memory.states) for layer in self.decoder.layers]  # pyright: ignore
         return Cache(
             self.config.decoder,
             batch_size=memory.states.shape[0],
             max_tokens=max_target_tokens,
             dtype=weight.dtype,
             device=weight.device,
-            memories=memories,
+            memories=self.decoder.memory_keys_values(memory),
         )
 
     def decode_states(
@@ -76,9 +87,17 @@ class T5Gemma(nn.Module):
         *,
         decoder_mask: Bool[Tensor, "B T"] | None = None,
         positions: Int[Tensor, "#B T"] | None = None,
+        segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """States after the final norm, before the head."""
-        return self.decoder(decoder_input_tokens, memory, cache, decoder_mask=decoder_mask, positions=positions)
+        """States after the final norm, before the head. `segment_ids` go with a packed memory, not with a cache."""
+        return self.decoder(
+            decoder_input_tokens,
+            memory,
+            cache,
+            decoder_mask=decoder_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
 
     def decode(
         self,
@@ -88,9 +107,17 @@ class T5Gemma(nn.Module):
         *,
         decoder_mask: Bool[Tensor, "B T"] | None = None,
         positions: Int[Tensor, "#B T"] | None = None,
+        segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits after soft-capping. With a cache, takes the next tokens and updates it in place."""
-        states = self.decode_states(decoder_input_tokens, memory, cache, decoder_mask=decoder_mask, positions=positions)
+        states = self.decode_states(
+            decoder_input_tokens,
+            memory,
+            cache,
+            decoder_mask=decoder_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
         return self.logits(states)
 
     def logits(self, states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
@@ -104,10 +131,17 @@ class T5Gemma(nn.Module):
         decoder_mask: Bool[Tensor, "B T"] | None = None,
         *,
         pictures: Float[Tensor, "N C size size"] | None = None,
+        encoder_segment_ids: Int[Tensor, "B S"] | None = None,
+        decoder_segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Decoder states of source and target at once: for losses that never hold all logits."""
-        memory = self.encode(encoder_input_tokens, encoder_mask, pictures=pictures)
-        return self.decode_states(decoder_input_tokens, memory, decoder_mask=decoder_mask)
+        """Decoder states of source and target at once: for losses that never hold all logits.
+
+        Segment ids are of packed rows: segment n of a target goes with segment n of its source, and sees no other.
+        """
+        memory = self.encode(encoder_input_tokens, encoder_mask, pictures=pictures, segment_ids=encoder_segment_ids)
+        return self.decode_states(
+            decoder_input_tokens, memory, decoder_mask=decoder_mask, segment_ids=decoder_segment_ids
+        )
 
     def forward(
         self,
@@ -117,9 +151,19 @@ class T5Gemma(nn.Module):
         decoder_mask: Bool[Tensor, "B T"] | None = None,
         *,
         pictures: Float[Tensor, "N C size size"] | None = None,
+        encoder_segment_ids: Int[Tensor, "B S"] | None = None,
+        decoder_segment_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
-        masks = (encoder_mask, decoder_mask)
-        return self.logits(self.states(encoder_input_tokens, decoder_input_tokens, *masks, pictures=pictures))
+        states = self.states(
+            encoder_input_tokens,
+            decoder_input_tokens,
+            encoder_mask,
+            decoder_mask,
+            pictures=pictures,
+            encoder_segment_ids=encoder_segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+        )
+        return self.logits(states)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Random weights: normal(0, 0.02), norms zero."""

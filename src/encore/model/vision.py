@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from encore.config import GemmaConfig, T5GemmaConfig, VisionConfig
 from encore.model.layers import RMSNorm
 
-PICTURES_AT_A_TIME = 4
-"""How many go through the tower together: the states of one take 70 MB in float32 at 896 x 896."""
+PATCHES_AT_A_TIME = 1 << 14
+"""How many go through the tower together: four pictures of 896 x 896, whose states take 70 MB each in float32."""
 
 
 class VisionEmbeddings(nn.Module):
@@ -106,26 +106,37 @@ class MultiModalProjector(nn.Module):
         super().__init__()
         self.mm_input_projection_weight = nn.Parameter(torch.zeros(config.hidden_size, size))
         self.mm_soft_emb_norm = RMSNorm(config.hidden_size, config.layer_norm_eps)
+        self.image_size, self.tokens_per_image = config.image_size, config.mm_tokens_per_image
         self.patches_per_side = config.image_size // config.patch_size
         self.pool = self.patches_per_side // int(config.mm_tokens_per_image**0.5)
 
     def forward(self, patches: Float[Tensor, "N P W"]) -> Float[Tensor, "N pictures D"]:
+        return self.project(self.pooled(patches))
+
+    def pooled(self, patches: Float[Tensor, "N P W"]) -> Float[Tensor, "N pictures W"]:
+        """The mean of each square of patches: all that the model keeps of what the tower saw."""
         grid = patches.transpose(1, 2).unflatten(2, (self.patches_per_side, self.patches_per_side))
-        pooled = F.avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)
+        return F.avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)
+
+    def project(self, pooled: Float[Tensor, "N pictures W"]) -> Float[Tensor, "N pictures D"]:
         return self.mm_soft_emb_norm(pooled) @ self.mm_input_projection_weight
 
 
 def picture_features(
     tower: VisionTower, projector: MultiModalProjector, pictures: Float[Tensor, "N C size size"]
-) -> Float[Tensor, "N tokens D"]:
-    """The vectors of each picture, in the width of the text; a few pictures at a time, so that memory stays bounded."""
-    return torch.cat([projector(tower(some)) for some in pictures.split(PICTURES_AT_A_TIME)])
+) -> Float[Tensor, "N tokens W"]:
+    """What the tower makes of each picture, pooled; a few pictures at a time, so that memory stays bounded.
+
+    As long as the tower is frozen this depends on the picture alone: it can be kept, and given instead of the pixels.
+    """
+    at_a_time = max(1, PATCHES_AT_A_TIME // projector.patches_per_side**2)
+    return torch.cat([projector.pooled(tower(some)) for some in pictures.split(at_a_time)])
 
 
 def insert_pictures(
     x: Float[Tensor, "B S D"],
     tokens: Int[Tensor, "B S"],
-    pictures: Float[Tensor, "N C size size"],
+    pictures: Float[Tensor, "N C size size"] | Float[Tensor, "N tokens W"],
     config: GemmaConfig | T5GemmaConfig,
     tower: VisionTower | None,
     projector: MultiModalProjector | None,
@@ -133,7 +144,8 @@ def insert_pictures(
     """The features of the pictures, not scaled, in place of the embeddings of their placeholders.
 
     Placeholders are the ids `config.image_token_index`. They are filled over the batch row by row, so the pictures
-    stand in the order of the rows, and within a row in the order of the text.
+    stand in the order of the rows, and within a row in the order of the text. Pixels go through tower and projector,
+    `picture_features` through the projector only.
 
     Raises ValueError where the model has no tower, the pictures have another shape, or their number does not match.
     """
@@ -144,12 +156,15 @@ def insert_pictures(
             "pictures were given, but the model was loaded without its vision tower; load(..., vision=True)"
         )
     channels, size = config.vision.num_channels, config.vision.image_size
-    if pictures.dim() != 4 or tuple(pictures.shape[1:]) != (channels, size, size):
-        raise ValueError(f"pictures have shape {tuple(pictures.shape)}; expected (number, {channels}, {size}, {size})")
+    per_picture, width = config.vision.mm_tokens_per_image, config.vision.hidden_size
+    if tuple(pictures.shape[1:]) not in ((channels, size, size), (per_picture, width)):
+        raise ValueError(
+            f"pictures have shape {tuple(pictures.shape)}; expected pixels (number, {channels}, {size}, {size}), or "
+            f"pooled features of the tower (number, {per_picture}, {width})"
+        )
     if not pictures.is_floating_point():
         raise ValueError(f"pictures have dtype {pictures.dtype}; expected floats in [-1, 1] (encore.images makes them)")
     places = tokens == config.image_token_index
-    per_picture = config.vision.mm_tokens_per_image
     found, wanted = int(places.sum()), pictures.shape[0] * per_picture
     if found != wanted:
         raise ValueError(
@@ -159,5 +174,6 @@ def insert_pictures(
     if not wanted:
         return x
     weight = tower.embeddings.patch_embedding.weight
-    features = picture_features(tower, projector, pictures.to(weight.device, weight.dtype))
-    return x.masked_scatter(places[..., None], features.to(x.dtype))
+    pictures = pictures.to(weight.device, weight.dtype)
+    pooled = pictures if pictures.dim() == 3 else picture_features(tower, projector, pictures)
+    return x.masked_scatter(places[..., None], projector.project(pooled).to(x.dtype))
