@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from encore.data.batch import Batch
-from encore.data.pipeline import (
-    PairBatches,
-    Row,
-    TokenPair,
-    WindowBatches,
-    Windows,
-    causal,
-    pair_row,
-    source_tokens,
-    tokenize_pairs,
-)
-from encore.data.sources import Pair
+from encore.data.examples import TablePairs, TokenPair, causal, pair_row, source_tokens
+from encore.data.layout import Row
+from encore.data.pipeline import PairBatches, WindowBatches
+from encore.data.sources import Pair, pair_tables
+from encore.data.windows import Windows
 from encore.objectives import ul2
 from encore.tokenizer import Tokenizer
-from encore.train.pretrain import objective_named
+from encore.train.reading import objective_named, read_pairs
 
 STREAM = np.random.default_rng(0).integers(370, 440, 1000).astype(np.uint16)
 
@@ -97,7 +92,7 @@ def test_a_step_is_a_pure_function_of_its_number(tokenizer: Tokenizer) -> None:
 
 
 def test_denoising_rows_are_in_the_source_format_and_end_in_eos(tokenizer: Tokenizer) -> None:
-    row = objective_named("prefixlm", tokenizer, encoder=True)(np.arange(370, 380), np.random.default_rng(0))
+    row = objective_named("prefixlm", tokenizer, encoder=True).make(0, np.arange(370, 380), np.random.default_rng(0))
     assert row.source is not None
     assert row.source.tolist() == [tokenizer.bos_id, *range(370, 375), tokenizer.eos_id]
     assert row.target.tolist() == [*range(375, 380), tokenizer.eos_id]
@@ -122,9 +117,15 @@ def test_batches_are_cut_by_length(tokenizer: Tokenizer) -> None:
         WindowBatches(Windows(STREAM, 64), objective, tokenizer, batch_size=8, accumulation_steps=3)
 
 
-def test_pairs_are_framed_as_the_tokenizer_says(tokenizer: Tokenizer) -> None:
+def token_pairs(rows: list[Pair], tokenizer: Tokenizer, folder: Path, longest: int) -> TablePairs:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"src": row.source, "tgt": row.target}) + "\n" for row in rows))
+    return read_pairs(pair_tables([str(path)], tokenizer, cache_folder=folder), longest, longest, 0)
+
+
+def test_pairs_are_framed_as_the_tokenizer_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source, target = "abc de", "fgh i"
-    (pair,) = tokenize_pairs([Pair(source, target)], tokenizer, max_source_tokens=50, max_target_tokens=50)
+    (pair,) = token_pairs([Pair(source, target)], tokenizer, tmp_path, 50)
     row = pair_row(pair, tokenizer, encoder=True)
     assert row.source is not None
     assert row.source.tolist() == tokenizer.encode_source(source) == source_tokens(pair.source, tokenizer).tolist()
@@ -136,14 +137,14 @@ def test_pairs_are_framed_as_the_tokenizer_says(tokenizer: Tokenizer) -> None:
 
 
 def test_long_and_empty_pairs_are_left_out_and_counted(
-    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [Pair("a", "b"), Pair("a " * 50, "b"), Pair("a", "b " * 50), Pair("", "b")]
-    kept = tokenize_pairs(rows, tokenizer, max_source_tokens=20, max_target_tokens=20)
-    assert len(kept) == 1
+    kept = token_pairs(rows, tokenizer, tmp_path, 20)
+    assert [pair.source.tolist() for pair in kept] == [tokenizer.encode("a")]
     assert "2 of 4 pairs" in capsys.readouterr().err
     with pytest.raises(ValueError, match="none of the 1"):
-        tokenize_pairs(rows[1:2], tokenizer, max_source_tokens=20, max_target_tokens=20)
+        token_pairs(rows[1:2], tokenizer, tmp_path, 20)
 
 
 def toy_pairs(number: int) -> list[TokenPair]:

@@ -1,88 +1,38 @@
-"""Readers of documents and of pairs, and the token stream that is made of documents once.
+"""What is read: documents, pairs, and the token tables that are made of either.
 
-    files ──documents()──▶ texts ──token_stream()──▶ one long array of ids, on disk, mapped into memory
-    files ──pairs()──────▶ (source, target) texts
+    names ──documents()──▶ texts ──text_tables()──▶ ids of each document and EOS
+    names ──pairs()──────▶ (source, target) ──pair_tables()──▶ ids of both, without special tokens
 
-A name is a path (relative to the current folder), or `asset:text/train` for what the package ships: a file of
-`encore/assets`, its suffix left out if you like, or a folder, whose files are read in the order of their names.
-Files are JSONL or plain text (one document per file), plain or packed by xz or gzip.
+`encore.data.shards` says what a name may be, `encore.data.formats` which files there are and what becomes of damage: a
+damaged record is passed over, counted and reported with its place; when all are damaged, that is an error.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import json
-import lzma
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
 
-import numpy as np
-
+from encore.data.formats import Damage, Tally, records
+from encore.data.shards import Shard, shards
+from encore.data.shards import resolve as resolve
+from encore.data.token_cache import (
+    Table,
+    TokenStream,
+    default_cache_folder,
+    make_table,
+    vocabulary_fingerprint,
+)
+from encore.data.token_cache import tokenizer_fingerprint as tokenizer_fingerprint
 from encore.tokenizer import Tokenizer
 
-_FORMAT_VERSION = 1
-_DOCUMENT_SUFFIXES = (".jsonl", ".txt", ".md")
-_PACKED_SUFFIXES = ("", ".xz", ".gz")
-_ENCODE_BATCH = 512
+_ENCODE_TEXTS = 512
+_ENCODE_CHARACTERS = 1 << 22
+_NOTE_SECONDS = 10.0
 
-
-def resolve(name: str) -> Path:
-    """The path behind a name: `asset:...` inside the package, anything else as it stands (a leading ~ is the home)."""
-    if not name.startswith("asset:"):
-        return Path(name).expanduser()
-    root = Path(str(resources.files("encore"))) / "assets"
-    wanted = root / name.removeprefix("asset:")
-    candidates = [wanted, *(Path(f"{wanted}{s}{p}") for s in _DOCUMENT_SUFFIXES for p in _PACKED_SUFFIXES)]
-    for candidate in candidates:
-        if candidate.exists() and candidate.resolve().is_relative_to(root.resolve()):
-            return candidate
-    folder = wanted.parent if wanted.parent.is_dir() else root
-    shipped = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    raise ValueError(f"the package ships no {name!r}; beside it there are: {', '.join(shipped) or 'no files at all'}")
-
-
-def files(names: Sequence[str]) -> list[Path]:
-    """All files behind `names`, folders opened, in a fixed order."""
-    found: list[Path] = []
-    for name in names:
-        path = resolve(name)
-        if path.is_dir():
-            inside = sorted(entry for entry in path.iterdir() if _kind(entry) is not None)
-            if not inside:
-                raise ValueError(f"{path} holds no .jsonl, .txt or .md file (plain, .xz or .gz)")
-            found.extend(inside)
-        elif path.is_file():
-            if _kind(path) is None:
-                raise ValueError(
-                    f"{path}: unknown kind of file; expected .jsonl, .txt or .md, plain or with .xz or .gz"
-                )
-            found.append(path)
-        else:
-            raise ValueError(f"no file or folder {path} (given as {name!r})")
-    return found
-
-
-def documents(names: Sequence[str], text_key: str = "text") -> Iterator[str]:
-    """Texts in file order. A JSONL row gives the string under `text_key`; empty texts are passed over."""
-    for path in files(names):
-        if _kind(path) == ".jsonl":
-            for number, row in _rows(path):
-                text = _string(row, text_key, path, number)
-                if text.strip():
-                    yield text
-        else:
-            with _open(path) as file:
-                text = file.read()
-            if text.strip():
-                yield text
+Ids = list[int]
 
 
 @dataclass(frozen=True)
@@ -93,15 +43,96 @@ class Pair:
     target: str
 
 
-def pairs(names: Sequence[str], source_key: str = "src", target_key: str = "tgt") -> Iterator[Pair]:
-    """Pairs in file order, from JSONL rows that hold two strings."""
-    for path in files(names):
-        if _kind(path) != ".jsonl":
-            raise ValueError(
-                f"{path}: pairs are read from JSONL files, one object with {source_key!r} and {target_key!r} per line"
-            )
-        for number, row in _rows(path):
-            yield Pair(_string(row, source_key, path, number), _string(row, target_key, path, number))
+def documents(names: Sequence[str], text_key: str = "text", tally: Tally | None = None) -> Iterator[str]:
+    """Texts in file order; empty ones are passed over. A long text file comes in several pieces."""
+    for (text,), _ in _values(names, (text_key,), tally):
+        if text.strip():
+            yield text
+
+
+def pairs(
+    names: Sequence[str], source_key: str = "src", target_key: str = "tgt", tally: Tally | None = None
+) -> Iterator[Pair]:
+    """Pairs in file order, from rows that hold two strings."""
+    for (source, target), _ in _values(names, (source_key, target_key), tally):
+        yield Pair(source, target)
+
+
+def _values(names: Sequence[str], keys: Sequence[str], tally: Tally | None) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The good records of all shards. At the end damage is reported: added to `tally`, or else told as a note."""
+    seen = Tally() if tally is None else tally
+    for shard in shards(names):
+        yield from _good(shard, keys, seen)
+    seen.check(names)
+    if tally is None:
+        report(seen)
+
+
+def _good(shard: Shard, keys: Sequence[str], tally: Tally) -> Iterator[tuple[tuple[str, ...], bool]]:
+    for record in records(shard, keys):
+        if isinstance(record, Damage):
+            tally.damage(shard.name, record)
+        else:
+            tally.records += record.last
+            yield record.values, record.last
+
+
+def report(tally: Tally) -> None:
+    """Tells what was skipped, if anything."""
+    if message := tally.message():
+        note(message)
+
+
+def text_tables(
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    text_key: str = "text",
+    max_tokens: int = 0,
+    cache_folder: Path | None = None,
+) -> list[Table]:
+    """A table per shard: the ids of each document and EOS. `max_tokens`: no more shards once there are so many ids."""
+
+    def texts(shard: Shard, tally: Tally, limit: int) -> Iterator[list[tuple[Ids, bool]]]:
+        total, inside = 0, False  # inside: of a document whose beginning came before
+        characters = min(_ENCODE_CHARACTERS, 8 * limit or _ENCODE_CHARACTERS)
+        for batch in _batched(_good(shard, (text_key,), tally), characters):
+            made: list[tuple[Ids, bool]] = []
+            wanted = [(value[0], last) for value, last in batch]
+            for (text, last), ids in zip(wanted, tokenizer.encode_batch([text for text, _ in wanted]), strict=True):
+                if text.strip() or inside or not last:
+                    inside = not last
+                    made.append((ids if inside or ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id], last))
+                    total += len(made[-1][0])
+            yield made
+            if limit and total >= limit:
+                return
+
+    return _tables(names, tokenizer, f"text {text_key}", texts, max_tokens, cache_folder, lambda t: len(t.tokens))
+
+
+def pair_tables(
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    source_key: str = "src",
+    target_key: str = "tgt",
+    max_pairs: int = 0,
+    cache_folder: Path | None = None,
+) -> list[Table]:
+    """A table per shard; pair i is texts 2i and 2i + 1. `max_pairs`: no more shards once there are so many."""
+
+    def texts(shard: Shard, tally: Tally, limit: int) -> Iterator[list[tuple[Ids, bool]]]:
+        total = 0
+        for batch in _batched(_good(shard, (source_key, target_key), tally), _ENCODE_CHARACTERS):
+            ids = tokenizer.encode_batch([side for value, _ in batch for side in value])
+            yield [(side, True) for side in ids]
+            total += len(batch)
+            if limit and total >= limit:
+                return
+
+    kind = f"pairs {source_key} {target_key}"
+    return _tables(names, tokenizer, kind, texts, max_pairs, cache_folder, lambda t: len(t.ends) // 2)
 
 
 def token_stream(
@@ -111,115 +142,77 @@ def token_stream(
     text_key: str = "text",
     max_tokens: int = 0,
     cache_folder: Path | None = None,
-) -> np.ndarray:
-    """The ids of all documents, each followed by EOS, as one read-only array mapped from disk.
-
-    Tokenised once: the file is named by the hash of the texts' files, of the tokenizer and of the options, and is
-    written beside its place and then renamed, so a half-written one is never met.
+) -> TokenStream:
+    """The ids of all documents, each followed by EOS, as one sequence mapped from disk; tokenised once.
 
     Args:
         max_tokens: stop reading documents when there are so many ids, and cut there; 0 reads all.
-        cache_folder: where the arrays live; by default $ENCORE_CACHE or ~/.cache/encore, in `tokens/`.
+        cache_folder: where the tables live; by default $ENCORE_CACHE or ~/.cache/encore.
     """
-    folder = (cache_folder or default_cache_folder()) / "tokens"
-    key = hashlib.sha256()
-    key.update(f"{_FORMAT_VERSION} {text_key} {max_tokens} {tokenizer_fingerprint(tokenizer)}".encode())
-    for path in files(names):
-        key.update(f"\n{_kind(path)} {_file_hash(path)}".encode())
-    path = folder / f"{key.hexdigest()[:32]}.npy"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = _tokenize(documents(names, text_key), tokenizer, max_tokens)
-        if not stream.size:
-            raise ValueError(f"{', '.join(names)}: no text in there")
-        _write_array(path, stream)
-    return cast("np.ndarray", np.load(path, mmap_mode="r", allow_pickle=False))
+    tables = text_tables(names, tokenizer, text_key=text_key, max_tokens=max_tokens, cache_folder=cache_folder)
+    return TokenStream(tables, max_tokens)
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of the vocabulary's file and the special ids: equal fingerprints, equal batches."""
-    files = (tokenizer.folder / name for name in ("tokenizer.json", "tokenizer.model"))
-    digest = hashlib.sha256(_file_hash(next(path for path in files if path.is_file())).encode())
-    special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.source_format, tokenizer.sentinel_ids)
-    digest.update(repr(special).encode())
-    return digest.hexdigest()
-
-
-def default_cache_folder() -> Path:
-    """$ENCORE_CACHE, else `encore` in $XDG_CACHE_HOME, else ~/.cache/encore."""
-    if named := os.environ.get("ENCORE_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "encore"
-
-
-def _tokenize(texts: Iterator[str], tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    parts = [np.zeros(0, dtype=dtype)]
-    total = 0
-    while batch := list(islice(texts, _ENCODE_BATCH)):
-        for ids in tokenizer.encode_batch(batch, eos=True):
-            parts.append(np.asarray(ids, dtype=dtype))
-            total += len(ids)
-        if max_tokens and total >= max_tokens:
+def _tables(
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    kind: str,
+    texts: Callable[[Shard, Tally, int], Iterator[list[tuple[Ids, bool]]]],
+    limit: int,
+    cache_folder: Path | None,
+    size: Callable[[Table], int],
+) -> list[Table]:
+    cache = cache_folder or default_cache_folder()
+    fingerprint = vocabulary_fingerprint(tokenizer)
+    found = shards(names)
+    tables: list[Table] = []
+    done = 0
+    for number, shard in enumerate(found, start=1):
+        tally = Tally()
+        left = limit - done if limit else 0
+        watched = _watched(texts(shard, tally, left), f"tokenising {shard.name} ({number} of {len(found)})")
+        key = (kind, fingerprint, shard.suffix, shard.identity(cache / "files"), str(left))
+        tables.append(make_table(key, watched, tally, tokenizer.vocab_size, cache))
+        done += size(tables[-1])
+        if limit and done >= limit:
             break
-    stream = np.concatenate(parts)
-    return stream[:max_tokens] if max_tokens else stream
+    all_tallies = Tally()
+    for table in tables:
+        all_tallies.add(table.tally)
+    all_tallies.check(names)
+    report(all_tallies)
+    if not done:
+        raise ValueError(f"{', '.join(names)}: no text in there")
+    return tables
 
 
-def _write_array(path: Path, array: np.ndarray) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=".npy")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _batched(
+    values: Iterator[tuple[tuple[str, ...], bool]], max_characters: int
+) -> Iterator[list[tuple[tuple[str, ...], bool]]]:
+    """Batches for the tokenizer, bounded in number and in characters."""
+    batch: list[tuple[tuple[str, ...], bool]] = []
+    characters = 0
+    for value in values:
+        batch.append(value)
+        characters += sum(map(len, value[0]))
+        if len(batch) == _ENCODE_TEXTS or characters > max_characters:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _kind(path: Path) -> str | None:
-    name = path.name.removesuffix(".xz").removesuffix(".gz")
-    return next((suffix for suffix in _DOCUMENT_SUFFIXES if name.endswith(suffix)), None)
-
-
-def _open(path: Path) -> IO[str]:
-    if path.name.endswith(".xz"):
-        return lzma.open(path, "rt", encoding="utf-8")
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not JSON ({error.msg}); expected one object per line"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield number, cast("dict[str, Any]", row)
-
-
-def _string(row: dict[str, Any], key: str, path: Path, number: int) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{path}, line {number}: expected a string under {key!r}; the row has {', '.join(map(repr, row))}"
-        )
-    return value
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _watched(texts: Iterator[list[tuple[Ids, bool]]], what: str) -> Iterator[list[tuple[Ids, bool]]]:
+    """The same, with a line on stderr now and then while it takes long."""
+    begin = time.monotonic()
+    due, tokens = begin + 2.0, 0
+    for batch in texts:
+        tokens += sum(len(ids) for ids, _ in batch)
+        now = time.monotonic()
+        if now > due:
+            note(f"{what}: {tokens:,} tokens, {tokens / (now - begin):,.0f} tokens/s")
+            due = now + _NOTE_SECONDS
+        yield batch
 
 
 def note(message: str) -> None:

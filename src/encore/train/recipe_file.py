@@ -76,7 +76,9 @@ def _build(kind: type[Any], table: Mapping[str, Any], prefix: str) -> Any:
     for key, value in table.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            near = _nearest(name, key)
+            near = (
+                _nearest(name, key) if prefix[-2:] != "]." else (difflib.get_close_matches(key, hints, 1) or [None])[0]
+            )
             raise ValueError(
                 f"unknown key {name}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(hints)}")
             )
@@ -98,6 +100,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         item = typing.get_args(hint)[0]
         values = [value] if isinstance(value, str) else value
+        if dataclasses.is_dataclass(item):
+            return _tables(cast("type[Any]", item), values, name)
         if not isinstance(values, list | tuple):
             raise ValueError(f"{name} is {value!r}; expected a list")
         return tuple(_convert(item, entry, name) for entry in cast("Sequence[Any]", values))
@@ -108,6 +112,14 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{name} is {value!r}; expected {_KIND_NAMES[hint]}")
     return value
+
+
+def _tables(kind: type[Any], values: Any, name: str) -> tuple[Any, ...]:
+    """A list of tables, [[name]] in TOML."""
+    if not isinstance(values, list | tuple) or not all(isinstance(value, Mapping) for value in values):
+        raise ValueError(f"{name} is {values!r}; expected a list of tables, each written as [[{name}]]")
+    tables = cast("Sequence[Mapping[str, Any]]", values)
+    return tuple(_build(kind, table, f"{name}[{number}].") for number, table in enumerate(tables))
 
 
 _KIND_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -125,12 +137,21 @@ def _nearest(name: str, leaf: str) -> str | None:
 
 def _dump(value: Any, prefix: str, lines: list[str]) -> None:
     nested = [f for f in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, f.name))]
+    tables = [f for f in dataclasses.fields(value) if _is_tables(getattr(value, f.name))]
     for f in dataclasses.fields(value):
-        if f not in nested:
+        if f not in nested and f not in tables:
             lines.append(f"{f.name} = {_toml(getattr(value, f.name))}")
+    for f in tables:
+        for entry in getattr(value, f.name):
+            lines.extend(["", f"[[{prefix}{f.name}]]"])
+            _dump(entry, f"{prefix}{f.name}.", lines)
     for f in nested:
         lines.extend(["", f"[{prefix}{f.name}]"])
         _dump(getattr(value, f.name), f"{prefix}{f.name}.", lines)
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, tuple) and any(dataclasses.is_dataclass(entry) for entry in cast("tuple[Any, ...]", value))
 
 
 def _toml(value: Any) -> str:
