@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from encore.cli import main
 from encore.tokenizer import Tokenizer, load_tokenizer
 from encore.tokenizer_training import train_tokenizer
 from encore.train.recipe import Recipe
@@ -70,6 +73,24 @@ class Tiny:
         path = self.folder / "recipe.toml"
         path.write_text(to_toml(recipe_from_table(table)), encoding="utf-8")
         return load_recipe(path, changes)
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The `encore` command, in this process: its status, and what it said to stdout and to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["encore", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from safetensors import safe_open
 import encore
 from encore.checkpoint.training import RunFolder
 from encore.train.metrics import Silent, read_metrics
+from encore.train.models import open_model
 from encore.train.optim import rate_part
-from encore.train.pretrain import open_model, pretrain
+from encore.train.pretrain import pretrain
 from encore.train.signals import Interrupted
 
 

@@ -10,8 +10,8 @@
       model/                           the finished model
 
 A checkpoint is written into a hidden folder beside its place, flushed to disk and renamed: a crash at any moment leaves
-the older ones untouched. Only safetensors and JSON are written: `torch.distributed.checkpoint`, which a run over
-many processes will need, keeps its metadata as pickle, and no pickle is ever loaded here.
+the older ones untouched. Only safetensors and JSON are written, no pickle. Runs over many processes have the same
+places, but write weights and moments in shards (`sharded.py`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from torch import Tensor, nn
 
 _STEP = re.compile(r"step-(\d{6,})")
 _WRITING = ".writing-"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter."""
 
 
 class OutOfSpace(OSError):
@@ -73,6 +75,9 @@ class RunFolder:
             return []
         found = [(entry, _STEP.fullmatch(entry.name)) for entry in self.checkpoints_folder.iterdir()]
         return sorted((Checkpoint(entry, int(m[1])) for entry, m in found if m), key=lambda c: c.step)
+
+    def checkpoint_folder(self, step: int) -> Path:
+        return self.checkpoints_folder / f"step-{step:06d}"
 
     def latest(self) -> Checkpoint | None:
         every = self.checkpoints()
@@ -132,20 +137,29 @@ def save_checkpoint(
 
     Raises OutOfSpace when the disk is full.
     """
-    folder = run.checkpoints_folder / f"step-{step:06d}"
+    folder = run.checkpoint_folder(step)
 
     def write(temporary: Path) -> None:
         save_model(temporary)
         training = temporary / "training"
         training.mkdir()
         save_file(_optimizer_tensors(model, optimizer) | _random_tensors(), str(training / "optimizer.safetensors"))
-        (training / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-        (training / "recipe.toml").write_text(recipe, encoding="utf-8")
+        write_state(temporary, {"step": step, **state}, recipe)
 
+    write_folder(folder, write, hint=_hint(run))
+    return Checkpoint(folder, step)
+
+
+def write_state(folder: Path, state: Mapping[str, Any], recipe: str) -> None:
+    """The readable part of a checkpoint, in `folder`/training."""
+    (folder / "training" / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    (folder / "training" / "recipe.toml").write_text(recipe, encoding="utf-8")
+
+
+def _hint(run: RunFolder) -> str:
     last = run.latest()
     safe = f"the last whole checkpoint is {last.folder}" if last else "no checkpoint was written yet"
-    write_folder(folder, write, hint=f"{safe}; free some space and give the same command again")
-    return Checkpoint(folder, step)
+    return f"{safe}; free some space and give the same command again"
 
 
 def restore_checkpoint(
@@ -164,8 +178,7 @@ def restore_checkpoint(
             if f"{name}.step" not in names:
                 continue
             optimizer.state[parameter] = {
-                key: tensors.get_tensor(f"{name}.{key}").to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors.get_tensor(f"{name}.{key}").to(parameter.device) for key in MOMENTS
             }
         torch.set_rng_state(tensors.get_tensor("random.cpu"))
         if "random.cuda" in names and torch.cuda.is_available():
@@ -176,27 +189,51 @@ def restore_checkpoint(
 def write_folder(folder: Path, write: Callable[[Path], None], *, hint: str = "") -> None:
     """Let `write` fill a hidden folder, flush it to disk, and rename it to `folder` (replacing an older one)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{_WRITING}{folder.name}")
+    temporary = staging_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         write(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+        flush_folder(temporary)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
-            raise OutOfSpace(errno.ENOSPC, f"no space left while writing {folder}; {hint}") from error
+        if is_disk_full(error):
+            raise _out_of_space(folder, hint) from error
         raise
+    put_in_place(temporary, folder)
+
+
+def staging_folder(folder: Path) -> Path:
+    """Where `folder` is written before it has its name."""
+    return folder.with_name(f"{_WRITING}{folder.name}")
+
+
+def flush_folder(folder: Path) -> None:
+    """All of it on disk."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Rename a finished folder to its name, replacing an older one."""
     if folder.exists():
         old = folder.with_name(f"{_WRITING}{folder.name}-old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        temporary.rename(folder)
+        staging.rename(folder)
         shutil.rmtree(old)
     else:
-        temporary.rename(folder)
+        staging.rename(folder)
     _flush(folder.parent)
+
+
+def storage_error(run: RunFolder, folder: Path, error: Exception) -> Exception:
+    """OutOfSpace if that is what an error of a writing process means, else the error."""
+    return _out_of_space(folder, _hint(run)) if is_disk_full(error) else error
+
+
+def _out_of_space(folder: Path, hint: str) -> OutOfSpace:
+    return OutOfSpace(errno.ENOSPC, f"no space left while writing {folder}; {hint}")
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -222,7 +259,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error of any library says that there is no space, or no quota, left."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(sign in str(error) for sign in ("No space left", "os error 28", "Disk quota", "os error 122"))

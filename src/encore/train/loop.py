@@ -2,16 +2,16 @@
 
 A step reads `batches(step)`, one batch or several (accumulation). Its loss is the sum over all of them of weighted
 negative log-likelihoods divided by the sum of all their weights, so how a step is cut into batches changes nothing but
-rounding. Weights and optimizer are float32; matrix products run in bfloat16 where the machine has it.
+rounding. Nor does how many processes there are (`parallel.py`): each takes its rows of every batch. Weights and
+optimizer are float32; matrix products run in bfloat16 where the machine has it.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encore.checkpoint.averaging import average
-from encore.checkpoint.pretrained import load, save
-from encore.checkpoint.training import Checkpoint, RunFolder, restore_checkpoint, save_checkpoint, write_folder
+from encore.checkpoint.training import Checkpoint, RunFolder
 from encore.data.batch import Batch
 from encore.data.pipeline import BatchesOf
 from encore.model.t5gemma import T5Gemma
 from encore.tokenizer import Tokenizer
 from encore.train.balance import Balance
+from encore.train.faults import full_disk_explained
 from encore.train.loss import Model, resolve_precision, summed_loss
-from encore.train.metrics import MetricsFile, Progress, default_progress, read_metrics
+from encore.train.metrics import MetricsFile, Progress, Silent, default_progress, read_metrics
 from encore.train.optim import (
     clip_gradients,
     freeze,
@@ -37,20 +36,16 @@ from encore.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
-from encore.train.recipe import Recipe
-from encore.train.recipe_file import differences, load_recipe, to_toml
+from encore.train.parallel import Processes, open_processes, products_in, reshard, shard, synchronise_gradients
+from encore.train.recipe import Recipe, flat
+from encore.train.recipe_file import to_toml
+from encore.train.saving import Saver
 from encore.train.signals import Interrupted, StopSignals
+from encore.train.trackers import open_metrics
 
 Evaluate = Callable[[Model], dict[str, float]]
 Loss = Callable[[Model, Batch], Tensor]
 """A model and a batch -> the weighted sum over its tokens, in nats; the step divides by the batches' total weight."""
-
-MAY_CHANGE = {
-    "data.cache_folder",
-    *(f"train.{key}" for key in ("threads", "device", "keep_last", "output_dtype")),
-    *(f"train.{event}_every_steps" for event in ("log", "evaluate", "checkpoint")),
-}
-"""Keys that a resumed run may have changed: none of them touches what is learned."""
 
 _SMOOTHING = 0.9
 _SETTLING_STEPS = 10  # before this the smoothed loss is not compared with
@@ -89,6 +84,9 @@ def fit(
 ) -> RunResult:
     """Train `model` (float32, changed in place) for recipe.train.steps and write the run folder.
 
+    Processes that torchrun has started train together: each calls this with the same arguments. The first one alone
+    shows progress and writes metrics.
+
     Args:
         batches: step number -> batches; a pure function, so that the step's number is the whole state of the data.
         data_fingerprint: what must be the same for a resumed run to read the same data.
@@ -98,22 +96,25 @@ def fit(
         resume: continue from the last checkpoint in the folder; False removes what an earlier run wrote there.
 
     Raises:
-        TrainingDiverged, encore.train.signals.Interrupted, encore.checkpoint.training.OutOfSpace; ValueError when the
-        folder holds another run.
+        TrainingDiverged, encore.train.signals.Interrupted, encore.checkpoint.training.OutOfSpace,
+        encore.train.parallel.ProcessLost; ValueError when the folder holds another run.
     """
-    shown = progress or default_progress()
     threads = torch.get_num_threads()
-    with run.lock():
-        run.remove_leftovers()
-        if not resume:
-            run.clear()
-        try:
-            if recipe.train.threads:
-                torch.set_num_threads(recipe.train.threads)
-            return _Fit(model, batches, recipe, run, tokenizer, data_fingerprint, evaluate, loss, shown, name).run_all()
-        finally:
-            torch.set_num_threads(threads)
-            shown.close()
+    with ExitStack() as stack:
+        processes = stack.enter_context(open_processes(recipe.train))
+        shown = (progress or default_progress()) if processes.is_first else Silent()
+        stack.callback(shown.close)
+        stack.callback(torch.set_num_threads, threads)
+        if processes.is_first:
+            stack.enter_context(run.lock())
+            run.remove_leftovers()
+            if not resume:
+                run.clear()
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        one = _Fit(model, batches, recipe, run, tokenizer, data_fingerprint, evaluate, loss, shown, name, processes)
+        with full_disk_explained(run.path, one.where_safe), processes.watched(one.where_safe):
+            return one.run_all()
 
 
 class _Fit:
@@ -131,16 +132,18 @@ class _Fit:
         loss: Loss,
         progress: Progress,
         name: str,
+        processes: Processes,
     ) -> None:
         self.model, self.batches, self.recipe, self.folder = model, batches, recipe, run
         self.tokenizer, self.data_fingerprint, self.evaluate = tokenizer, data_fingerprint, evaluate
-        self.loss, self.progress, self.name = loss, progress, name
-        self.device = torch.device(recipe.train.device)
+        self.loss, self.progress, self.name, self.processes = loss, progress, name, processes
+        self.device = processes.device
         self.precision = resolve_precision(recipe.train.precision, self.device)
-        self.model.to(self.device)
         freeze(model, recipe.optim)
         self.learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        shard(model, processes, recipe.train, self.precision)
         self.optimizer = make_optimizer(model, recipe.optim)
+        self.saver = Saver(run, recipe, processes, model, self.optimizer, tokenizer)
         self.balance = Balance()
         self.step = 0
         self.tokens = 0
@@ -148,32 +151,37 @@ class _Fit:
         self.smoothed_loss: float | None = None
         self.best_smoothed_loss = math.inf
         self.best_validation: tuple[int, float] | None = None
-        self._checkpoint: Checkpoint | None = None
 
     def run_all(self) -> RunResult:
-        latest = self.folder.latest()
+        latest = self.saver.open()
         self.progress.start(self.name, self.recipe.train.steps, latest.step if latest else 0)
         if latest:
             self._resume(latest)
-        else:
-            self.folder.clear()
-        self.folder.recipe.write_text(to_toml(self.recipe), encoding="utf-8")
-        metrics = MetricsFile(self.folder.metrics, step=self.step if latest else -1)
-        try:
-            with StopSignals() as stop:
-                self._train(metrics, stop)
-        finally:
-            metrics.close()
-        if not (latest and latest.step == self.recipe.train.steps and self.folder.model.is_dir()):
-            write_folder(self.folder.model, self._write_result)
+        with ExitStack() as stack:
+            metrics = None
+            if self.processes.is_first:
+                self.folder.recipe.write_text(to_toml(self.recipe), encoding="utf-8")
+                metrics = open_metrics(
+                    self.folder.metrics,
+                    self.recipe.train.tracker,
+                    step=self.step if latest else -1,
+                    settings=flat(self.recipe),
+                    note=self.progress.note,
+                )
+                stack.callback(metrics.close)
+            self._train(metrics, stack.enter_context(StopSignals()))
+        done = latest is not None and latest.step == self.recipe.train.steps and self.folder.model.is_dir()
+        if not self.processes.told(done) and (note := self.saver.write_model()):
+            self.progress.note(note)
         return result_of(self.folder)
 
-    def _train(self, metrics: MetricsFile, stop: StopSignals) -> None:
+    def _train(self, metrics: MetricsFile | None, stop: StopSignals) -> None:
         settings = self.recipe.train
         before, start = self.wall_seconds, time.perf_counter()
         if self.step == 0 and self.evaluate:
             row = {"step": 0, **self._evaluate(), "wall_seconds": round(time.perf_counter() - start, 3)}
-            metrics.write(row)
+            if metrics:
+                metrics.write(row)
         while self.step < settings.steps:
             step_start = time.perf_counter()
             row, step_tokens = self._step()
@@ -185,15 +193,26 @@ class _Fit:
             self.wall_seconds = before + time.perf_counter() - start
             row["tokens_per_second"] = round(step_tokens / step_seconds, 1)
             row["wall_seconds"] = round(self.wall_seconds, 3)
-            if last or evaluated or _due(self.step, settings.log_every_steps):
+            if metrics and (last or evaluated or _due(self.step, settings.log_every_steps)):
                 metrics.write(row)
             self.progress.step(row)
-            if last or stop.signal or _due(self.step, settings.checkpoint_every_steps):
-                metrics.sync()
+            asked_to_stop = self._agree(stop)
+            if last or asked_to_stop or _due(self.step, settings.checkpoint_every_steps):
+                if metrics:
+                    metrics.sync()
                 self._save(row.get("validation_loss"))
-            if stop.signal and not last:
-                message = f"stopped after step {self.step}; {self._where_safe()}, and the same command goes on"
-                raise Interrupted(stop.signal, message)
+            if last or asked_to_stop:
+                self.saver.finish()
+            if asked_to_stop and not last:
+                message = f"stopped after step {self.step}; {self.where_safe()}, and the same command goes on"
+                raise Interrupted(asked_to_stop, message)
+
+    def _agree(self, stop: StopSignals) -> int | None:
+        """The signal that any process has got; and a checkpoint that all have written is given its name."""
+        signals, written = zip(*self.processes.every(stop.signal or 0, self.saver.written), strict=True)
+        if all(written):
+            self.saver.finish()
+        return int(max(signals)) or None
 
     def _step(self) -> tuple[dict[str, Any], int]:
         """One optimizer step: the row to log, and its tokens."""
@@ -203,15 +222,19 @@ class _Fit:
         self.model.train()
         batches = self.batches(self.step)
         total_weight = sum(batch.total_weight for batch in batches)
-        loss = 0.0
-        for batch in batches:
-            with self._autocast():
-                part = self.loss(self.model, batch.to(self.device)) / total_weight
-            loss += part.item()
-            if not math.isfinite(loss):
-                raise TrainingDiverged(self._bad_news(f"the loss is {loss}"))
+        parts = []
+        for number, batch in enumerate(batches):
+            synchronise_gradients(self.model, number == len(batches) - 1)
+            with self._products():
+                part = self.loss(self.model, self.processes.rows(batch).to(self.device)) / total_weight
+            parts.append(part.detach())
             part.backward()
-        norms = clip_gradients(self.model.named_parameters(), self.recipe.optim.max_gradient_norm)
+        losses = self.processes.total_losses(torch.stack(parts).tolist())
+        loss = sum(losses)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(self._bad_news(self._cause(batches, losses)))
+        named, norm = self.model.named_parameters(), self.recipe.optim.max_gradient_norm
+        norms = clip_gradients(named, norm, self.processes.squared_norms)
         if not math.isfinite(norms["gradient_norm"]):
             raise TrainingDiverged(self._bad_news(f"the norm of the gradients is {norms['gradient_norm']}"))
         if warning := self.balance.look(self.step + 1, norms):
@@ -224,6 +247,13 @@ class _Fit:
         self.tokens += step_tokens
         row = {"step": self.step, "loss": loss, "learning_rate": rate, "tokens": self.tokens, **norms}
         return row, step_tokens
+
+    def _cause(self, batches: Sequence[Batch], losses: Sequence[float]) -> str:
+        """Which batch gave a loss that is no number, and why."""
+        number = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(batches) - 1)
+        with self._products():
+            cause = self.processes.culprits(self.model, batches[number].to(self.device), self.loss, self.tokenizer)
+        return f"the loss of batch {number + 1} of {len(batches)} is {losses[number]}, {cause}"
 
     def _watch(self, loss: float) -> None:
         """Stop before the step that would follow a loss far above what was reached."""
@@ -238,13 +268,14 @@ class _Fit:
             self.best_smoothed_loss = min(self.best_smoothed_loss, self.smoothed_loss)
 
     def _bad_news(self, what: str) -> str:
+        self.saver.finish()
         return (
-            f"training diverged in step {self.step + 1}: {what}; {self._where_safe()}. "
+            f"training diverged in step {self.step + 1}: {what}; {self.where_safe()}. "
             "Lower optim.learning_rate, lengthen optim.warmup_steps, or look at the data of that step"
         )
 
-    def _where_safe(self) -> str:
-        last = self._checkpoint or self.folder.latest()
+    def where_safe(self) -> str:
+        last = self.saver.last
         return f"the last good checkpoint is {last.folder}" if last else "there is no checkpoint yet"
 
     def _thaw(self) -> None:
@@ -257,34 +288,17 @@ class _Fit:
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluate is not None
         self.model.eval()
-        with torch.no_grad(), self._autocast():
-            return self.evaluate(self.model)
+        with torch.no_grad(), self._products():
+            found = self.evaluate(self.model)
+        reshard(self.model)
+        return found
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
-
-    def _save_model(self, folder: Path, dtype: torch.dtype) -> None:
-        model = self.model if dtype == torch.float32 else copy.deepcopy(self.model).to(dtype)
-        save(model, folder, tokenizer=self.tokenizer)
-
-    def _write_result(self, folder: Path) -> None:
-        """RUN/model: the weights as they are, or the mean of the last checkpoints (T5Gemma 2 paper: of five)."""
-        dtype, steps = getattr(torch, self.recipe.train.output_dtype), self.recipe.train.averaged_steps
-        if len(steps) == 1:
-            self._save_model(folder, dtype)
-            return
-        kept = {checkpoint.step: checkpoint.folder for checkpoint in self.folder.checkpoints()}
-        if missing := [str(step) for step in steps if step not in kept]:
-            raise ValueError(
-                f"{self.folder.checkpoints_folder} lacks step {', '.join(missing)}, which RUN/model should be averaged "
-                "from; average the others with `encore average`, or train anew with --no-resume"
-            )
-        average([kept[step] for step in steps], folder, dtype=dtype)
-        self.progress.note(f"the model is the mean of the checkpoints of steps {', '.join(map(str, steps))}")
+    def _products(self) -> AbstractContextManager[Any]:
+        return products_in(self.precision, self.processes)
 
     def _save(self, validation_loss: float | None) -> None:
+        if weight := self.processes.first_not_finite(self.model):
+            raise TrainingDiverged(self._bad_news(f"the weights are not finite any more (first {weight})"))
         if validation_loss is not None and validation_loss < (self.best_validation or (0, math.inf))[1]:
             self.best_validation = (self.step, validation_loss)
         state = {
@@ -296,17 +310,8 @@ class _Fit:
             "data": self.data_fingerprint,
             "machine": self._machine(),
         }
-        self._checkpoint = save_checkpoint(
-            self.folder,
-            self.step,
-            self.model,
-            self.optimizer,
-            state,
-            save_model=lambda folder: self._save_model(folder, torch.float32),
-            recipe=to_toml(self.recipe),
-        )
         best = {self.best_validation[0]} if self.best_validation else set[int]()
-        self.folder.prune(self.recipe.train.keep_last, best.union(self.recipe.train.averaged_steps))
+        self.saver.save(self.step, state, best.union(self.recipe.train.averaged_steps))
 
     def _machine(self) -> dict[str, Any]:
         return {
@@ -314,37 +319,21 @@ class _Fit:
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "precision": str(self.precision).removeprefix("torch."),
+            "processes": self.processes.world,
+            "tensor_parallel": self.processes.tensor_parallel,
         }
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state()
-        before = load_recipe(checkpoint.folder / "training" / "recipe.toml")
-        averaged = self.recipe.train.average_last > 1  # then what is kept when makes the model
-        may_change = MAY_CHANGE - ({"train.checkpoint_every_steps"} if averaged else set())
-        changed = {k: v for k, v in differences(before, self.recipe).items() if k not in may_change}
-        if changed:
-            listed = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-            raise ValueError(
-                f"{self.folder.path} holds a run of another recipe ({listed}); give another --out, "
-                "or --no-resume to start anew"
-            )
-        if state["data"] != self.data_fingerprint:
-            raise ValueError(
-                f"{self.folder.path} holds a run on other data or with another tokenizer; give another --out, "
-                "or --no-resume to start anew"
-            )
-        restore_checkpoint(
-            checkpoint, self.model, self.optimizer, load_model=lambda path: load(path, torch.float32).state_dict()
-        )
-        self._checkpoint = checkpoint
+        self.saver.check_continues(checkpoint, self.data_fingerprint)
+        state = self.saver.restore(checkpoint)
         self.step, self.tokens, self.wall_seconds = checkpoint.step, state["tokens"], state["wall_seconds"]
         self.smoothed_loss = state["smoothed_loss"]
         self.best_smoothed_loss = math.inf if state["best_smoothed_loss"] is None else state["best_smoothed_loss"]
         self.best_validation = tuple(state["best_validation"]) if state["best_validation"] else None
         self.progress.note(f"continuing after step {self.step} of {checkpoint.folder}")
+        before = {"processes": 1, "tensor_parallel": 1, **state["machine"]}
         for key, value in self._machine().items():
-            if state["machine"][key] != value:
-                old = state["machine"][key]
+            if (old := before[key]) != value:
                 self.progress.note(f"note: {key} was {old}, is {value}; the run continues, but not bit for bit")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from encore.train.recipe import OptimRecipe
 
 PARTS = ("encoder", "decoder", "embedding")
-RATE_PARTS = ("encoder", "decoder", "cross_attention", "embedding")
+RATE_PARTS = ("encoder", "decoder", "cross_attention", "embedding", "vision")
 """Parts with a learning rate of their own: `optim.{part}_rate`."""
 
 
@@ -36,7 +37,7 @@ def freeze(model: nn.Module, recipe: OptimRecipe) -> None:
     """
     parts = {rate_part(name) for name, _ in model.named_parameters()}
     for part in RATE_PARTS:
-        if part not in parts and rate_factor(part, recipe) != 1.0:
+        if part not in parts and rate_factor(part, recipe) != rate_factor(part, OptimRecipe()):
             raise ValueError(
                 f"optim.{part}_rate is {rate_factor(part, recipe)}, but the model has no {part.replace('_', '-')} "
                 f"with weights of its own; its parts are {', '.join(p for p in RATE_PARTS if p in parts)}"
@@ -58,19 +59,21 @@ def make_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
     """AdamW over all parameters that ask for a gradient; matrices decay, norms and vectors do not.
 
     Embeddings decay only with `decay_embeddings`: a row that is not met in a step would shrink all the same. Each
-    group carries the factor of its part on the learning rate.
+    group carries the factor of its part on the learning rate. Parameters spread over different meshes of processes
+    come in groups of their own, since one fused step works on one mesh.
     """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
+    groups: dict[tuple[float, float, Any], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.dim() >= 2 and (recipe.decay_embeddings or part_of(name) != "embedding")
-        key = rate_factor(rate_part(name), recipe), recipe.weight_decay if matrix else 0.0
+        decay = recipe.weight_decay if matrix else 0.0
+        key = rate_factor(rate_part(name), recipe), decay, getattr(parameter, "device_mesh", None)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": decay, "rate_factor": factor}
-            for (factor, decay), parameters in groups.items()
+            for (factor, decay, _), parameters in groups.items()
         ],
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
@@ -92,11 +95,13 @@ def part_of(name: str) -> str:
 
 
 def is_cross_attention(name: str) -> bool:
-    return ".cross_attn." in name or "_cross_attn_layernorm." in name
+    return any(part in name for part in (".cross_attn.", "_cross_attn_layernorm.", ".memory_proj."))
 
 
 def rate_part(name: str) -> str:
     """Which learning rate a parameter follows: one of RATE_PARTS."""
+    if ".vision_tower." in f".{name}":
+        return "vision"
     return "cross_attention" if is_cross_attention(name) else part_of(name)
 
 
@@ -104,23 +109,41 @@ def rate_factor(part: str, recipe: OptimRecipe) -> float:
     return getattr(recipe, f"{part}_rate")
 
 
-def clip_gradients(named: Iterable[tuple[str, nn.Parameter]], max_norm: float) -> dict[str, float]:
+Gradients = Mapping[str, Sequence[Tensor]]
+"""Part of the model -> its gradients."""
+
+
+def squared_norms(gradients: Gradients) -> dict[str, float]:
+    """The squared norm of each part's gradients, all held here."""
+    return {
+        part: float(torch.stack([g.norm() for g in some]).double().square().sum()) for part, some in gradients.items()
+    }
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be spread over several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+
+def clip_gradients(
+    named: Iterable[tuple[str, nn.Parameter]],
+    max_norm: float,
+    squared_norms: Callable[[Gradients], dict[str, float]] = squared_norms,
+) -> dict[str, float]:
     """Scale all gradients so that their joint norm is at most `max_norm`.
 
     Returns the norms before that: "gradient_norm", and "gradient_norm_{encoder,decoder,embedding}" of the parts that
     there are. If a gradient is not finite nothing is scaled, and the joint norm that comes back is not finite either.
+    `squared_norms` is another function where gradients are spread over processes.
     """
-    gradients: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
     for name, parameter in named:
         if parameter.grad is not None:
-            gradients.setdefault(part_of(name), []).append(parameter.grad)
-    squares = {
-        part: float(torch.stack([g.norm() for g in gradients[part]]).double().square().sum())
-        for part in PARTS
-        if part in gradients
-    }
+            found.setdefault(part_of(name), []).append(parameter.grad)
+    gradients = {part: found[part] for part in PARTS if part in found}
+    squares = squared_norms(gradients)
     total = math.sqrt(sum(squares.values()))
     if math.isfinite(total) and total > max_norm:
         for gradient in (g for part in gradients.values() for g in part):
-            gradient.mul_(max_norm / total)
+            local_part(gradient).mul_(max_norm / total)
     return {"gradient_norm": total} | {f"gradient_norm_{part}": math.sqrt(s) for part, s in squares.items()}
