@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from encore.data.batch import Batch
@@ -18,17 +19,7 @@ Model = Gemma | T5Gemma
 
 def summed_loss(model: Model, batch: Batch) -> Tensor:
     """Sum over the batch of loss weight x negative log-likelihood, in nats; differentiable."""
-    decoder_mask = _unless_full(batch.decoder_mask)
-    if isinstance(model, T5Gemma):
-        if batch.encoder_input_tokens is None or batch.encoder_mask is None:
-            raise ValueError("an encoder-decoder needs batches with a source; this batch has none")
-        states = model.states(
-            batch.encoder_input_tokens, batch.decoder_input_tokens, _unless_full(batch.encoder_mask), decoder_mask
-        )
-    else:
-        if batch.encoder_input_tokens is not None:
-            raise ValueError("a decoder-only model has nowhere to put the batch's source; make batches without one")
-        states = model.states(batch.decoder_input_tokens, decoder_mask)
+    states = target_states(model, batch)
     loss, _ = cross_entropy(
         states.flatten(0, 1),
         model.head_weight,
@@ -37,6 +28,26 @@ def summed_loss(model: Model, batch: Batch) -> Tensor:
         model.config.final_logit_softcapping,
     )
     return loss
+
+
+def target_states(model: Model, batch: Batch) -> Float[Tensor, "B T D"]:
+    """What the model makes of the targets, before the head. Packed examples do not see each other."""
+    decoder_mask, decoder_segments = _unless_full(batch.decoder_mask), batch.decoder_segment_ids
+    if isinstance(model, T5Gemma):
+        if batch.encoder_input_tokens is None or batch.encoder_mask is None:
+            raise ValueError("an encoder-decoder needs batches with a source; this batch has none")
+        return model.states(
+            batch.encoder_input_tokens,
+            batch.decoder_input_tokens,
+            _unless_full(batch.encoder_mask),
+            decoder_mask,
+            encoder_segment_ids=batch.encoder_segment_ids,
+            decoder_segment_ids=decoder_segments,
+            pictures=batch.pictures,
+        )
+    if batch.encoder_input_tokens is not None:
+        raise ValueError("a decoder-only model has nowhere to put the batch's source; make batches without one")
+    return model.states(batch.decoder_input_tokens, decoder_mask, segment_ids=decoder_segments)
 
 
 def mean_loss(model: Model, batches: Sequence[Batch]) -> float:
