@@ -8,7 +8,8 @@ those of the code that runs. The parts add up like this:
 
 `encoder` and `decoder` are stacks without embedding and without anything of cross-attention: a decoder-only model is
 all `decoder`, and in a balanced T5Gemma both are equal. `cross_attention` is the four projections of T5Gemma's separate
-cross-attention; T5Gemma 2 merges it into self-attention and has none. The two entries in brackets are vectors that
+cross-attention; T5Gemma 2 merges it into self-attention and has none, or, with two widths, a projection of the memory.
+A stack that encoder and decoder share counts as `encoder`. The two entries in brackets are vectors that
 belong to no part; they are listed under `vectors`. A matrix that several modules share counts once.
 """
 
@@ -16,14 +17,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from encore.checkpoint.packing import packing
 from encore.checkpoint.pretrained import read_config
-from encore.config import GemmaConfig, ModelConfig, StackConfig
+from encore.config import VARIANT_FIELDS, GemmaConfig, ModelConfig, StackConfig
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
 from encore.presets import canonical_name, preset
@@ -67,6 +70,13 @@ class ModelInfo:
             return {"decoder": self.config.stack}
         return {"encoder": self.config.encoder, "decoder": self.config.decoder}
 
+    @property
+    def variant(self) -> dict[str, Any] | None:
+        """What makes it no plain T5Gemma or T5Gemma 2; None if it is one."""
+        if isinstance(self.config, GemmaConfig) or self.config.is_public:
+            return None
+        return {"family": self.config.model_type} | {name: getattr(self.config, name) for name in VARIANT_FIELDS}
+
     def memory_bytes(self, *, vision: bool = True) -> dict[str, int]:
         """Bytes of the weights by dtype; int8 and int4 without the scales that packing adds."""
         count = self.parameters["total"]
@@ -74,11 +84,18 @@ class ModelInfo:
             count -= self.parameters["vision"] + self.parameters["projector"]
         return {dtype: -(-count * bits // 8) for dtype, bits in BITS_OF.items()}
 
+    @property
+    def packed(self) -> Mapping[str, Any] | None:
+        """What `encore quantize` said of packed weights (`checkpoint/packing.py`); None where they are not packed."""
+        how = packing(self.config)
+        return None if how is None else how.raw
+
     def as_json(self) -> dict[str, Any]:
         """The object that `encore info --json` prints."""
         return {
             "name": self.name,
-            "model_type": self.config.model_type,
+            "model_type": self.config.file_type,
+            "variant": self.variant,
             "parameters": self.parameters,
             "vectors": self.vectors,
             "layers": {part: stack.num_hidden_layers for part, stack in self.stacks.items()},
@@ -86,6 +103,7 @@ class ModelInfo:
             "shapes": self.shapes,
             "memory_bytes": self.memory_bytes(),
             "text_memory_bytes": self.memory_bytes(vision=False),
+            **({} if self.packed is None else {"packed_weights": dict(self.packed)}),
             "cache_bytes": {
                 "dtype": CACHE_DTYPE,
                 "per_source_token": self.cache.source_token,
@@ -173,7 +191,7 @@ def part_of(parameter_name: str) -> str:
         return "end_of_image_vector"
     if "embed_tokens" in words:
         return "embedding"
-    if "cross_attn" in words:
+    if "cross_attn" in words or "memory_proj" in words:
         return "cross_attention"
     if "pre_cross_attn_layernorm" in words or "post_cross_attn_layernorm" in words:
         return "cross_attention_norms"
@@ -183,9 +201,10 @@ def part_of(parameter_name: str) -> str:
 def cache_bytes(config: ModelConfig) -> CacheBytes:
     """Keys and values per token: 2 x heads x width x 2 bytes in each decoder layer that keeps the token."""
     decoder = config.stack if isinstance(config, GemmaConfig) else config.decoder
+    reading = 0 if isinstance(config, GemmaConfig) else sum(config.memory_layers)
     one_layer = 2 * decoder.num_key_value_heads * decoder.head_dim * torch.bfloat16.itemsize
     return CacheBytes(
-        source_token=0 if isinstance(config, GemmaConfig) else one_layer * decoder.num_hidden_layers,
+        source_token=one_layer * reading,
         target_token=one_layer * decoder.num_hidden_layers,
         target_token_beyond_window=one_layer * decoder.layer_types.count("full_attention"),
         window=decoder.sliding_window,

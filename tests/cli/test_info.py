@@ -195,3 +195,36 @@ def test_a_checkpoint_folder_is_read(tmp_path: Path) -> None:
 def test_a_wrong_name_says_what_was_looked_for() -> None:
     with pytest.raises(ValueError, match=r"'gemma-3-2b' is not a folder, and no preset.*gemma-3-1b"):
         describe("gemma-3-2b")
+
+
+def test_the_plan_is_what_the_planner_says() -> None:
+    from encore.memory_plan import make_planner
+
+    options = ["--plan", "--devices", "1,4", "--tokens", "40/24", "--device-memory", "2"]
+    told = json.loads(run("encore-small-small", *options, "--json"))
+    assert (told["source_tokens"], told["target_tokens"], told["device_memory_bytes"]) == (40, 24, 2_000_000_000)
+    planner = make_planner(preset("encore-small-small"), 40, 24)
+    (rows,) = told["models"].values()
+    assert [row["devices"] for row in rows] == [1, 4]
+    for row in rows:
+        for name, checkpointing in (("plain", False), ("checkpointed", True)):
+            fit = planner.rows_that_fit(row["devices"], 2_000_000_000, checkpointing=checkpointing)
+            planned = planner.plan(row["devices"], checkpointing=checkpointing).as_json()
+            assert row[name] == {**planned, "rows_that_fit": fit}
+    shown = run("encore-small-small", *options)
+    assert f"{rows[0]['plain']['peak'] / 1e9:.1f}" in shown and "rows of 40/24 tokens" in shown
+    assert "| 4 | " in run("encore-small-small", *options, "--markdown")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--devices", "1,x", "numbers above 0 with commas"),
+        ("--devices", "0", "numbers above 0"),
+        ("--tokens", "4096/", "expected SOURCE/TARGET"),
+        ("--device-memory", "0", "expected GB above 0"),
+    ],
+)
+def test_a_plan_for_nothing_is_refused(option: str, value: str, message: str) -> None:
+    result = CliRunner().invoke(app, ["info", "encore-small", "--plan", option, value])
+    assert result.exit_code and isinstance(result.exception, ValueError) and message in str(result.exception)
