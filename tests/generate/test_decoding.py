@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from encore.generate import decoding
-from encore.generate.decoding import generate, naive_generate, stream
+from encore.generate.batch import generate, stream
+from encore.generate.decoding import naive_generate
 from encore.generate.padding import by_length, pad_rows
 from encore.generate.request import Event, Generation
 from encore.generate.rows import check_ids, source_limit
 from encore.generate.sampling import SamplingSettings
+from encore.generate.torch_rows import TorchRows
 
 WINDOW = 6
 KINDS = ("gemma2", "gemma3", "t5gemma", "t5gemma2")
@@ -73,8 +74,8 @@ def test_each_row_stops_by_itself_and_is_dropped(tiny: Callable, kind: str, monk
     settings = [dataclasses.replace(DRAWN, stop_ids=(g.tokens[(2 + 3 * i) % 11],)) for i, g in enumerate(free)]
     settings[2] = dataclasses.replace(DRAWN, max_target_tokens=1)
     batch_sizes: list[int] = []
-    as_numpy = decoding._as_numpy
-    monkeypatch.setattr(decoding, "_as_numpy", lambda x: (batch_sizes.append(x.shape[0]), as_numpy(x))[1])
+    step = TorchRows.step
+    monkeypatch.setattr(TorchRows, "step", lambda self, x: (batch_sizes.append(len(x)), step(self, x))[1])
     stopped = generate(model, rows, settings)
     monkeypatch.undo()
     assert batch_sizes[0] == len(rows) and batch_sizes[-1] < len(rows), "ended rows are dropped"
@@ -103,8 +104,8 @@ def test_streaming_gives_the_same_tokens_as_they_come(tiny: Callable, kind: str)
 def test_closing_a_stream_stops_the_work(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("t5gemma2")
     steps: list[int] = []
-    advance = decoding.EncoderDecoderSteps.next
-    monkeypatch.setattr(decoding.EncoderDecoderSteps, "next", lambda *a: (steps.append(1), advance(*a))[1])
+    step = TorchRows.step
+    monkeypatch.setattr(TorchRows, "step", lambda self, x: (steps.append(1), step(self, x))[1])
     events = stream(model, sources(4), GREEDY)
     assert [isinstance(next(events), Event) for _ in range(3)] == [True] * 3
     events.close()  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,7 +15,7 @@ import torch
 import encore
 from encore.config import Rope, StackConfig, T5GemmaConfig
 from encore.export.folder import export
-from encore.generate import decoding, onnx_backend
+from encore.generate import batch
 from encore.generate.embed import embed
 from encore.generate.onnx_backend import OnnxModel
 from encore.generate.sampling import SamplingSettings
@@ -80,10 +80,10 @@ def test_rows_of_their_own_settings_end_apart(models: tuple[T5Gemma, OnnxModel],
     model, graphs = models
     sources = [tokenizer.encode_source(text) for text in TEXTS]
     settings = [dataclasses.replace(SETTINGS, max_target_tokens=n, temperature=1.2, seed=n) for n in (3, 20, 9, 14)]
-    found = onnx_backend.generate(graphs, sources, settings, tokenizer=tokenizer)
-    expected = decoding.generate(model, sources, settings, tokenizer=tokenizer)
+    found = batch.generate(graphs, sources, settings, tokenizer=tokenizer)
+    expected = batch.generate(model, sources, settings, tokenizer=tokenizer)
     assert [g.tokens for g in found] == [g.tokens for g in expected]
-    events = list(onnx_backend.stream(graphs, sources[:1], settings[:1], tokenizer=tokenizer))
+    events = list(batch.stream(graphs, sources[:1], settings[:1], tokenizer=tokenizer))
     assert [event.token for event in events] == found[0].tokens
 
 

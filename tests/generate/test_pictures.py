@@ -20,7 +20,8 @@ from encore import assets
 from encore.adapt import adapt
 from encore.cli import app
 from encore.config import GemmaConfig, Rope, StackConfig, T5GemmaConfig, VisionConfig
-from encore.generate.decoding import generate, naive_generate
+from encore.generate.batch import generate
+from encore.generate.decoding import naive_generate
 from encore.generate.embed import embed
 from encore.generate.sampling import SamplingSettings
 from encore.generate.source import PictureFormat, SourceReader, with_pictures

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from encore.generate import decoding as module
-from encore.generate.decoding import generate
+from encore.generate.batch import generate
 from encore.generate.sampling import SamplingSettings
 from encore.generate.score import score, score_texts
 from encore.generate.text import TextGenerator

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import encore
-from encore.generate.decoding import generate, naive_generate, stream
+from encore.generate.batch import generate, stream
+from encore.generate.decoding import naive_generate
 from encore.generate.sampling import SamplingSettings
 from encore.generate.source import SourceCutWarning, SourceReader
 from encore.generate.text import TextGenerator

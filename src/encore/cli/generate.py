@@ -6,7 +6,6 @@ go with every text, so that several questions can be asked about one.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import sys
@@ -17,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 import typer
 
+from encore.cli.answers import answer_row, npz
 from encore.generate.source import Overflow
 
 if TYPE_CHECKING:
     import torch
 
-    from encore.generate.embed import Embedding
     from encore.generate.sampling import SamplingSettings
-    from encore.generate.text import Answer, TextGenerator
+    from encore.generate.text import TextGenerator
     from encore.images import PictureSource
 
 Item = TypeVar("Item")
@@ -48,6 +47,22 @@ OverflowChoice = Annotated[
     Overflow,
     typer.Option(help="A source that is too long: fail, or warn and keep only its start (cut the end) or its end."),
 ]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Read each text in chunks of at most so many tokens, encoded apart: longer than the model was made for.",
+        show_default="whole",
+    ),
+]
+Instruction = Annotated[str, typer.Option(help="Text to put before each chunk, with --chunk-tokens.")]
+Beams = Annotated[int | None, typer.Option(min=1, show_default="no search", help="Targets to search side by side.")]
+LengthPenalty = Annotated[float, typer.Option(help="With --beams: above 1 favours longer targets, below shorter.")]
+BeamReturns = Annotated[int, typer.Option(min=1, help="With --beams and --json: how many of the best to give.")]
+Draft = Annotated[
+    bool, typer.Option("--draft/--no-draft", help="Copy drafts from the source and verify them: same answer, sooner.")
+]
+DraftModel = Annotated[str | None, typer.Option(help="A small model with the same tokenizer, to draft instead.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts at a time; with 1, each is answered before the next.")]
 Threads = Annotated[int | None, typer.Option(min=1, show_default="one per core", help="CPU threads.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes CUDA if there is one.")]
@@ -69,7 +84,7 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     texts: Texts = None,
-    model: ModelName = "translator",
+    model: ModelName = "translator-int8",
     as_json: Annotated[
         bool, typer.Option("--json", help="A JSON object per text: text, tokens, logprobs, finish_reason, timings.")
     ] = False,
@@ -87,8 +102,15 @@ def generate(
         list[int] | None, typer.Option(help="Token id that ends an answer, besides the model's own; may be repeated.")
     ] = None,
     seed: Seed = None,
+    beams: Beams = None,
+    length_penalty: LengthPenalty = 1.0,
+    beam_returns: BeamReturns = 1,
+    draft: Draft = False,
+    draft_model: DraftModel = None,
     max_source_tokens: MaxSource = None,
     overflow: OverflowChoice = "error",
+    chunk_tokens: ChunkTokens = None,
+    instruction: Instruction = "",
     batch_size: BatchSize = 8,
     threads: Threads = None,
     device: Device = "auto",
@@ -111,33 +133,50 @@ def generate(
         max_target_tokens=max_target_tokens,
         stop_strings=tuple(stop or ()),
     )
+    from encore.generate.beam import BeamSettings
+    from encore.generate.drafts import DraftSettings
     from encore.generate.text import TextGenerator
     from encore.images import PanAndScan, load_picture
 
+    if beams is None and (beam_returns, length_penalty) != (1, 1.0):
+        raise ValueError("--length-penalty and --beam-returns are for beam search; give --beams too")
+    if beams is not None and (draft or draft_model):
+        raise ValueError("beam search takes no drafts; leave --draft and --draft-model, or --beams")
+    searched = None if beams is None else BeamSettings(beams, length_penalty, num_return=beam_returns)
+    drafts = None
+    if draft_model is not None:
+        drafter = TextGenerator.load(draft_model, **how_to_run(draft_model, device, dtype, threads)).model
+        drafts = DraftSettings(model=drafter)
+    elif draft:
+        drafts = DraftSettings()
     pictures = [load_picture(path) for path in image or ()]
     generator = TextGenerator.load(
         model,
         vision=bool(pictures),
         pan_and_scan=PanAndScan() if pan_and_scan else None,
-        **_how_to_run(model, device, dtype, threads),
+        **how_to_run(model, device, dtype, threads),
         chat=chat,
         max_source_tokens=max_source_tokens,
         overflow=overflow,
+        chunk_tokens=chunk_tokens,
+        instruction=instruction,
+        drafts=drafts,
         warn=_warn,
     )
     if stop_id:
         from dataclasses import replace
 
         settings = replace(settings, stop_ids=(*generator.tokenizer.stop_ids, *stop_id))
-    if texts and len(texts) == 1 and not as_json and sys.stdout.isatty():
+    if texts and len(texts) == 1 and not as_json and not beams and sys.stdout.isatty():
         _stream(generator, texts[0], settings, pictures)
         return
     single = texts is not None and len(texts) == 1
     of_texts = itertools.repeat(pictures) if pictures else None
-    answers = generator.generate(texts or _stdin_lines(), settings, batch_size=batch_size, pictures=of_texts)
+    lines = texts or _stdin_lines()
+    answers = generator.generate(lines, settings, batch_size=batch_size, pictures=of_texts, beams=searched)
     for index, answer in enumerate(_with_progress(answers, texts)):
         if as_json:
-            _print_json(_answer_row(index, answer))
+            _print_json(answer_row(index, answer))
         else:
             print(answer.text if single else answer.text.replace("\n", "\\n"), flush=True)
 
@@ -145,7 +184,7 @@ def generate(
 def score(
     source: Annotated[str | None, typer.Option(help="The source; without it, JSON lines are read from stdin.")] = None,
     target: Annotated[str | None, typer.Option(help="The target whose probability is asked for.")] = None,
-    model: ModelName = "translator",
+    model: ModelName = "translator-int8",
     chat: Chat = False,
     max_source_tokens: MaxSource = None,
     overflow: OverflowChoice = "error",
@@ -169,7 +208,7 @@ def score(
 
     scorer = TextGenerator.load(
         model,
-        **_how_to_run(model, device, dtype, threads),
+        **how_to_run(model, device, dtype, threads),
         chat=chat,
         max_source_tokens=max_source_tokens,
         overflow=overflow,
@@ -191,7 +230,7 @@ def score(
 
 def embed(
     texts: Texts = None,
-    model: ModelName = "translator",
+    model: ModelName = "translator-int8",
     pooling: Annotated[
         Literal["mean", "first", "last", "none"], typer.Option(help="Of the encoder's states; none gives them all.")
     ] = "mean",
@@ -228,7 +267,7 @@ def embed(
 
     pictures = [load_picture(path) for path in image or ()]
     folder = resolve(model)
-    encoder = load_encoder(folder, vision=bool(pictures), **_how_to_run(model, device, dtype, threads))
+    encoder = load_encoder(folder, vision=bool(pictures), **how_to_run(model, device, dtype, threads))
     limit = encoder.config.encoder.max_position_embeddings
     reader = SourceReader(
         load_tokenizer(folder),
@@ -243,7 +282,7 @@ def embed(
     how = {"pooling": pooling, "normalise": normalise, "batch_size": batch_size}
     found = _with_progress(embed_texts(encoder, reader, lines, pictures=of_texts, **how), texts)
     if file_format == "npz":
-        packed = _npz(list(found), pooled=pooling != "none")
+        packed = npz(list(found), pooled=pooling != "none")
         if output is None:
             sys.stdout.buffer.write(packed)
             sys.stdout.buffer.flush()
@@ -256,7 +295,7 @@ def embed(
             _print_json({"index": index, "tokens": item.tokens, "embedding": shortest.tolist()}, file)
 
 
-def _how_to_run(model: str, device: str, dtype: DtypeName, threads: int | None) -> dict[str, Any]:
+def how_to_run(model: str, device: str, dtype: DtypeName, threads: int | None) -> dict[str, Any]:
     """The options of a loader: of an exported folder its threads, without torch; else dtype and device."""
     from encore.checkpoint.hub import resolve
     from encore.export.manifest import is_exported
@@ -330,40 +369,6 @@ def _stream(generator: TextGenerator, text: str, settings: SamplingSettings, pic
             note = f"\nencore: ended at {settings.max_target_tokens} tokens (--max-target-tokens)"
             print(note, end="", file=sys.stderr, flush=True)
     print(flush=True)
-
-
-def _answer_row(index: int, answer: Answer) -> dict[str, Any]:
-    done = answer.generation
-    return {
-        "index": index,
-        "source": answer.source.text,
-        "text": done.text,
-        "tokens": done.tokens,
-        "logprobs": [round(value, 6) for value in done.log_probabilities],
-        "finish_reason": done.finish_reason,
-        "stop": done.stop,
-        "source_tokens": len(answer.source.tokens),
-        "source_tokens_cut": answer.source.num_tokens_cut,
-        "timings": {
-            "first_token_seconds": round(done.first_token_seconds, 6),
-            "seconds": round(done.seconds, 6),
-            "tokens_per_second": round(len(done.tokens) / max(done.seconds, 1e-9), 3),
-        },
-    }
-
-
-def _npz(items: Sequence[Embedding], *, pooled: bool) -> bytes:
-    import numpy as np
-
-    lengths = [len(item.tokens) for item in items]
-    vectors = [item.vectors for item in items]
-    empty = np.zeros((0, 0), np.float32)
-    embeddings = empty if not items else np.stack(vectors) if pooled else np.concatenate(vectors)
-    tokens = np.array([token for item in items for token in item.tokens], dtype=np.int64)
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    buffer = io.BytesIO()
-    np.savez(buffer, embeddings=embeddings, tokens=tokens, offsets=offsets)
-    return buffer.getvalue()
 
 
 def _print_json(row: dict[str, Any], file: TextIO | None = None) -> None:

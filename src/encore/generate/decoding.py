@@ -1,14 +1,8 @@
-"""Ids in, ids out, with torch: batches of unequal length, caches, and the slow oracle beside them.
-
-    T5Gemma   sources ─ encode once ─▶ Memory ─▶ decode(<bos>) ─▶ decode(id) ─▶ decode(id) …
-    Gemma     prompts, padded on the left ─ one pass fills the cache ─▶ states(id) ─▶ states(id) …
-
-The head (the largest matrix) runs over the last position only. What becomes of the logits, row by row, is in `rows.py`.
-"""
+"""Models in torch: rows to generate with, the slow oracle beside them, log-probabilities and encoder states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from encore.data.batch import Batch, decoder_batch, encoder_decoder_batch
-from encore.generate.padding import PicturesOfRows, join_pictures, pad_rows
-from encore.generate.request import Event, Generation, Request
-from encore.generate.rows import Steps, make_requests, run_rows
+from encore.generate.encoding import encode_sources
+from encore.generate.memory import MemoryPlan, plan
+from encore.generate.padding import PicturesOfRows, join_pictures
+from encore.generate.request import Generation
+from encore.generate.rows import Size, make_requests
 from encore.generate.sampling import Logits, SamplingSettings
+from encore.generate.torch_rows import TorchRows, cache_bytes
 from encore.model.encoder import Encoder
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
@@ -34,36 +31,16 @@ MAX_LOGITS = 1 << 25
 """Logits held at a time: 128 positions at a vocabulary of 262,144, 128 MiB in float32."""
 
 
-def generate(
-    model: Model,
-    sources: Sequence[Sequence[int]],
-    settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
-    pictures: PicturesOfRows = None,
-) -> list[Generation]:
-    """The targets of one batch of sources (prompts, for Gemma), in their order.
-
-    `settings` is one for all or one for each row; rows with the same seed draw the same numbers. The tokenizer is
-    needed for text and stop strings, and gives the default stop ids; without it only `<eos>` stops. `pictures` has an
-    entry for each source: the pixels (N, 3, size, size) of its N pictures, or None.
-    """
-    requests = make_requests(model, sources, settings, tokenizer)
-    for _ in _run(model, sources, requests, pictures):
-        pass
-    return [request.result() for request in requests]
+def make_rows(model: Model, size: Size) -> TorchRows:
+    return TorchRows(model, size)
 
 
-def stream(
-    model: Model,
-    sources: Sequence[Sequence[int]],
-    settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
-    pictures: PicturesOfRows = None,
-) -> Iterator[Event]:
-    """As `generate`, but gives every token as an event as soon as it is there; closing the iterator stops the work."""
-    return _run(model, sources, make_requests(model, sources, settings, tokenizer), pictures)
+def memory_plan(model: Model, size: Size, encode_tokens: int) -> MemoryPlan:
+    weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    element_bytes = model.head_weight.element_size()
+    caches = cache_bytes(model.config, size, element_bytes)
+    how = {"encode_tokens": encode_tokens, "element_bytes": element_bytes}
+    return plan(model.config, size, weights=weights, caches=caches, **how)
 
 
 def naive_generate(
@@ -74,15 +51,16 @@ def naive_generate(
     tokenizer: Tokenizer | None = None,
     pictures: PicturesOfRows = None,
 ) -> Generation:
-    """One source, no cache, no batch: the whole target is read again for every token. The oracle of `generate`."""
+    """One source, no cache, no batch: the whole target is read for every token. The oracle of `batch.generate`."""
     (request,) = make_requests(model, [source], settings, tokenizer)
     device = model.head_weight.device
     pixels = join_pictures(pictures, 1)
     with torch.inference_mode():
+        memory = encode_sources(model.encoder, [source], pixels) if isinstance(model, T5Gemma) else None
         while not request.finished:
-            if isinstance(model, T5Gemma):
+            if isinstance(model, T5Gemma) and memory is not None:
                 target = torch.tensor([[model.config.bos_token_id, *request.tokens]], device=device)
-                logits = model(torch.tensor([list(source)], device=device), target, pictures=pixels)
+                logits = model.decode(target, memory)
             else:
                 logits = model(torch.tensor([[*source, *request.tokens]], device=device), pictures=pixels)
             request.accept(_as_numpy(logits)[0])
@@ -132,82 +110,8 @@ def encoder_states(
 ) -> list[NDArray[np.float32]]:
     """The states (S, D) of each source, without padding."""
     encoder = model.encoder if isinstance(model, T5Gemma) else model
-    device = encoder.embed_tokens.weight.device
-    tokens, mask = pad_rows(sources, encoder.config.pad_token_id, side="right", device=device)
-    states = encoder(tokens, mask, pictures=join_pictures(pictures, len(sources))).states.float().cpu().numpy()
+    states = encode_sources(encoder, sources, join_pictures(pictures, len(sources))).states.float().cpu().numpy()
     return [states[row, : len(source)] for row, source in enumerate(sources)]
-
-
-class EncoderDecoderSteps:
-    """T5Gemma: sources are encoded once, and their keys and values computed once, into the cache."""
-
-    @torch.inference_mode()
-    def __init__(
-        self, model: T5Gemma, sources: Sequence[Sequence[int]], pictures: Tensor | None, max_target_tokens: int
-    ) -> None:
-        self.model = model
-        tokens, mask = pad_rows(sources, model.config.pad_token_id, side="right", device=model.head_weight.device)
-        self.memory = model.encode(tokens, mask, pictures=pictures)
-        self.cache = model.make_cache(self.memory, max_target_tokens)
-
-    def first(self) -> list[Logits]:
-        return self.next([self.model.config.bos_token_id] * self.memory.states.shape[0])
-
-    @torch.inference_mode()
-    def next(self, tokens: Sequence[int]) -> list[Logits]:
-        return _as_numpy(self.model.decode(_column(self.model, tokens), self.memory, self.cache))
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        chosen = torch.tensor(rows, device=self.model.head_weight.device)
-        self.memory = self.memory.index_select(chosen)
-        self.cache.index_select(chosen)
-
-
-class DecoderOnlySteps:
-    """Gemma: prompts end at the same column, so that every row's next token is the next column."""
-
-    @torch.inference_mode()
-    def __init__(
-        self, model: Gemma, sources: Sequence[Sequence[int]], pictures: Tensor | None, max_target_tokens: int
-    ) -> None:
-        self.model = model
-        self.pictures = pictures
-        self.prompts, self.mask = pad_rows(
-            sources, model.config.pad_token_id, side="left", device=model.head_weight.device
-        )
-        # The last token that is written is never read again.
-        self.cache = model.make_cache(len(sources), self.prompts.shape[1] + max_target_tokens - 1)
-
-    @torch.inference_mode()
-    def first(self) -> list[Logits]:
-        states = self.model.states(self.prompts, self.mask, self.cache, pictures=self.pictures)
-        return _as_numpy(self.model.logits(states[:, -1:]))
-
-    @torch.inference_mode()
-    def next(self, tokens: Sequence[int]) -> list[Logits]:
-        return _as_numpy(self.model.logits(self.model.states(_column(self.model, tokens), None, self.cache)))
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        self.cache.index_select(torch.tensor(rows, device=self.model.head_weight.device))
-
-
-def _run(
-    model: Model, sources: Sequence[Sequence[int]], requests: Sequence[Request], pictures: PicturesOfRows
-) -> Iterator[Event]:
-    pixels = join_pictures(pictures, len(sources))
-
-    def start(max_target_tokens: int) -> Steps:
-        if isinstance(model, T5Gemma):
-            return EncoderDecoderSteps(model, sources, pixels, max_target_tokens)
-        return DecoderOnlySteps(model, sources, pixels, max_target_tokens)
-
-    return run_rows(start, requests, model.config.pad_token_id)
-
-
-def _column(model: Model, tokens: Sequence[int]) -> Tensor:
-    return torch.tensor(tokens, device=model.head_weight.device)[:, None]
 
 
 def _as_numpy(logits: Tensor) -> list[Logits]:

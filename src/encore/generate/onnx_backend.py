@@ -5,41 +5,43 @@
     cache = model.make_cache(memory, max_target_tokens=64)
     logits = model.step([2], cache)                      # (B, V): after <bos>; the cache now holds it
 
-A cache is bound to the step graph once (IO binding): the graph reads and writes it where it lies, and a step is one
-call. Rows may differ in source length and in target length. How its slots are used is told in `export/step.py`.
+A cache (`onnx_cache.py`) is bound to the step graph once (IO binding): the graph reads and writes it where it lies, and
+a step is one call. A step takes one token of each row, or several; rows may differ in source and in target length.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from encore.checkpoint.config_json import read_config_file
 from encore.checkpoint.hub import resolve
-from encore.config import LayerType, T5GemmaConfig
+from encore.config import T5GemmaConfig
 from encore.export import ExportError
 from encore.export.manifest import Manifest, check_folder
-from encore.generate.onnx_inputs import HIDDEN, encoder_feeds, rotation
-from encore.generate.request import Event, Generation, Request
-from encore.generate.rows import make_requests, run_rows
-from encore.generate.sampling import Logits, SamplingSettings
+from encore.generate.chunks import Chunks, groups_of
+from encore.generate.memory import MemoryPlan, plan
+from encore.generate.onnx_cache import OnnxCache
+from encore.generate.onnx_inputs import encoder_feeds
+from encore.generate.onnx_rows import OnnxRows, cache_bytes, refuse_pictures
+from encore.generate.rows import Size
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
     from encore.generate.padding import PicturesOfRows
-    from encore.tokenizer import Tokenizer
+
+MAX_LOGITS = 1 << 23
+"""Logits that scoring holds at a time: 32 positions at a vocabulary of 262,144, 32 MiB."""
 
 MEMORY_SLICE = 1024
 """Source positions whose keys and values are computed at a time, so that they are never held twice."""
-
-_NAMES: dict[LayerType, str] = {"sliding_attention": "local", "full_attention": "global"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,19 @@ class OnnxMemory:
     def index_select(self, rows: Sequence[int]) -> OnnxMemory:
         """These rows of the batch, in this order."""
         return OnnxMemory(self.states[list(rows)], self.lengths[list(rows)])
+
+    @staticmethod
+    def join(chunks: Sequence[Sequence[OnnxMemory]]) -> OnnxMemory:
+        """Sources that were encoded in chunks: row i holds the real states of all rows of `chunks[i]`, in order."""
+        rows = [
+            [states[:length] for m in of_row for states, length in zip(m.states, m.lengths, strict=True)]
+            for of_row in chunks
+        ]
+        lengths = np.array([sum(map(len, row)) for row in rows], np.int64)
+        joined = np.zeros((len(rows), max(1, int(lengths.max())), rows[0][0].shape[1]), np.float32)
+        for out, row, length in zip(joined, rows, lengths, strict=True):
+            out[:length] = np.concatenate(row)
+        return OnnxMemory(joined, lengths)
 
 
 class OnnxModel:
@@ -82,223 +97,64 @@ class OnnxModel:
         """Sources of ids (padded to a batch here) to a memory."""
         if not sources:
             raise ValueError("there are no sources to encode; give at least one row of ids")
+        if any(isinstance(source, Chunks) for source in sources):
+            return OnnxMemory.join([[self.encode(group) for group in groups_of(source)] for source in sources])
         feeds = encoder_feeds(self.config, sources)
         (states,) = self._sessions["encoder"].run(["states"], feeds)
         lengths = np.array([len(source) for source in sources], np.int64)
         return OnnxMemory(np.asarray(states)[:, : max(1, int(lengths.max()))], lengths)
 
-    def make_cache(self, memory: OnnxMemory, max_target_tokens: int) -> OnnxCache:
-        """Keys and values of the memory, computed once, and room for `max_target_tokens` tokens."""
+    def make_cache(self, memory: OnnxMemory, max_target_tokens: int, step_tokens: int = 1) -> OnnxCache:
+        """Keys and values of the memory, computed once, and room for `max_target_tokens` tokens a row.
+
+        `step_tokens`: the most tokens a row that one step takes (`OnnxCache.advance`).
+        """
+        cache = self.empty_cache(memory.lengths, max_target_tokens, step_tokens)
+        session = self._sessions["memory"]
+        names = [value.name for value in session.get_outputs()]
+        for start in range(0, int(memory.lengths.max()), MEMORY_SLICE):
+            part = np.ascontiguousarray(memory.states[:, start : start + MEMORY_SLICE])
+            computed = session.run(names, {"states": part})
+            cache.put_memory(start, dict(zip(names, map(np.asarray, computed), strict=True)))
+        return cache
+
+    def empty_cache(self, lengths: NDArray[np.int64], max_target_tokens: int, step_tokens: int) -> OnnxCache:
+        """A cache of rows with memories of these lengths, which have yet to be put in."""
         if "step" not in self._sessions:
             raise ExportError(f"{self.manifest.folder} was opened, or exported, as an encoder alone; it cannot decode")
         if max_target_tokens < 1:
             raise ValueError(f"max_target_tokens is {max_target_tokens}; expected at least 1")
-        cache = OnnxCache(self.config, self._sessions["step"], memory.lengths, max_target_tokens)
-        for start in range(0, int(memory.lengths.max()), MEMORY_SLICE):
-            part = np.ascontiguousarray(memory.states[:, start : start + MEMORY_SLICE])
-            cache.put_memory(start, self._sessions["memory"].run(None, {"states": part}))
-        return cache
+        if step_tokens < 1:
+            raise ValueError(f"step_tokens is {step_tokens}; expected at least 1")
+        return OnnxCache(self.config, self._sessions["step"], lengths, max_target_tokens, step_tokens)
 
     def step(self, tokens: Sequence[int], cache: OnnxCache) -> NDArray[np.float32]:
         """Logits (B, V) after one more token of each row, which the cache now holds.
 
         The array is overwritten by the next step.
         """
-        return cache.advance(tokens)
+        if len(tokens) != len(cache.lengths):
+            raise ValueError(f"{len(tokens)} tokens for {len(cache.lengths)} rows; give one for each")
+        return cache.advance(np.asarray(tokens, np.int64)[:, None])[:, 0]
 
 
-class OnnxCache:
-    """Keys and values of memory and target of a batch, bound to the step graph. Made by `OnnxModel.make_cache`.
-
-    `keys_values[kind]` is (layers of the kind, 2, B, K, slots, E). `lengths` counts target tokens, row by row.
-    """
-
-    def __init__(
-        self, config: T5GemmaConfig, session: InferenceSession, memory_lengths: NDArray[np.int64], max_tokens: int
-    ) -> None:
-        stack = config.decoder
-        self.config, self.session, self.max_tokens = config, session, max_tokens
-        self.merged = config.model_type == "t5gemma2"
-        self.memory_lengths = memory_lengths.copy()
-        self.lengths = np.zeros_like(memory_lengths)
-        batch_size, source = len(memory_lengths), int(memory_lengths.max())
-        self.window = stack.sliding_window
-        in_front = source if self.merged else 0
-        room = {"sliding_attention": min(self.window, max_tokens), "full_attention": max_tokens}
-        heads = (batch_size, stack.num_key_value_heads)
-        self.layers: dict[LayerType, list[int]] = {
-            kind: [i for i, other in enumerate(stack.layer_types) if other == kind]
-            for kind in dict.fromkeys(stack.layer_types)
-        }
-        self.keys_values: dict[LayerType, NDArray[np.float32]] = {
-            kind: np.zeros((len(layers), 2, *heads, in_front + room[kind], stack.head_dim), np.float32)
-            for kind, layers in self.layers.items()
-        }
-        self.memory: NDArray[np.float32] | None = None
-        if not self.merged:
-            shape = (stack.num_hidden_layers, 2, *heads, max(1, source), stack.head_dim)
-            self.memory = np.zeros(shape, np.float32)
-        # The operator wants a row per slot, memory included, but reads only those of target positions.
-        self._rotations: dict[LayerType, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-        for kind in self.layers:
-            cos, sin = np.zeros((2, in_front + max_tokens, stack.head_dim // 2), np.float32)
-            cos[:max_tokens], sin[:max_tokens] = rotation(stack.rope(kind), stack.head_dim, max_tokens)
-            self._rotations[kind] = cos, sin
-        self._bind()
-
-    @property
-    def in_front(self) -> NDArray[np.int64]:
-        """The slots of each row that the memory takes."""
-        return self.memory_lengths if self.merged else np.zeros_like(self.memory_lengths)
-
-    def put_memory(self, start: int, computed: Sequence[Any]) -> None:
-        """Take over what memory.onnx made of the positions from `start`: keys, values, keys, values, …"""
-        for row, length in enumerate(self.memory_lengths):
-            stop = min(int(length), start + computed[0].shape[2])
-            if stop <= start:
-                continue
-            for kind, layers in self.layers.items():
-                for place, layer in enumerate(layers):
-                    target = self.keys_values[kind][place] if self.memory is None else self.memory[layer]
-                    for part in (0, 1):
-                        target[part, row, :, start:stop] = computed[2 * layer + part][row, :, : stop - start]
-
-    def advance(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        if len(tokens) != len(self.lengths):
-            raise ValueError(f"{len(tokens)} tokens for {len(self.lengths)} rows; give one for each")
-        if int(self.lengths.max()) >= self.max_tokens:
-            raise ValueError(
-                f"the cache holds {self.max_tokens} target tokens and is full: make it with a larger max_target_tokens"
-            )
-        vocab_size = self.config.decoder.vocab_size
-        self._tokens[:, 0] = tokens
-        if int(self._tokens.min()) < 0 or int(self._tokens.max()) >= vocab_size:
-            raise ValueError(f"target tokens are {list(tokens)}; the vocabulary has ids 0 to {vocab_size - 1}")
-        self._positions[:, 0] = self.lengths
-        for kind, seen in self._seen.items():
-            before = self.lengths
-            if kind == "sliding_attention":
-                self._leave_window()
-                before = np.minimum(before, self.window - 1)
-            seen[:] = self.in_front + before
-            self._total[kind][...] = seen.max() + 1
-        self.session.run_with_iobinding(self._binding)
-        self.lengths += 1
-        return self._logits[:, 0]
-
-    def _leave_window(self) -> None:
-        """Move the newest token over the oldest, in rows whose window is full: the graph writes the last slot."""
-        if self.window == 1:
-            return
-        buffer, in_front = self.keys_values["sliding_attention"], self.in_front
-        for row in np.flatnonzero(self.lengths >= self.window):
-            first = int(in_front[row])
-            oldest = first + int(self.lengths[row] - self.window) % (self.window - 1)
-            buffer[:, :, row, :, oldest] = buffer[:, :, row, :, first + self.window - 1]
-
-    def index_select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, in this order (rows may repeat)."""
-        chosen = list(rows)
-        self.memory_lengths, self.lengths = self.memory_lengths[chosen], self.lengths[chosen]
-        for kind in self.layers:
-            self.keys_values[kind] = np.ascontiguousarray(self.keys_values[kind][:, :, chosen])
-        if self.memory is not None:
-            self.memory = np.ascontiguousarray(self.memory[:, :, chosen])
-        self._bind()
-
-    def _bind(self) -> None:
-        """Tell the graph where everything lies, for all steps to come."""
-        batch_size = len(self.lengths)
-        self._binding = self.session.io_binding()
-        self._tokens = np.zeros((batch_size, 1), np.int64)
-        self._positions = np.zeros((batch_size, 1), np.int64)
-        self._logits = np.zeros((batch_size, 1, self.config.decoder.vocab_size), np.float32)
-        self._seen = {kind: np.zeros(batch_size, np.int32) for kind in self.layers}
-        self._total = {kind: np.zeros((), np.int32) for kind in self.layers}
-        self._bind_input("tokens", self._tokens)
-        self._bind_input("positions", self._positions)
-        self._bind_output("logits", self._logits)
-        for kind, layers in self.layers.items():
-            name = _NAMES[kind]
-            self._bind_input(f"seen_{name}", self._seen[kind])
-            self._bind_input(f"total_{name}", self._total[kind])
-            self._bind_input(f"cos_{name}", self._rotations[kind][0])
-            self._bind_input(f"sin_{name}", self._rotations[kind][1])
-            for place, layer in enumerate(layers):
-                for part, array in zip(("keys", "values"), self.keys_values[kind][place], strict=True):
-                    self._bind_input(f"past_{part}_{layer}", array)
-                    self._bind_output(f"new_{part}_{layer}", array)
-        if self.memory is not None:
-            places = np.arange(self.memory.shape[4])
-            hidden = np.where(places < self.memory_lengths[:, None], np.float32(0), HIDDEN)
-            self._hidden = hidden[:, None, None, :]
-            self._bind_input("hidden", self._hidden)
-            for layer, (keys, values) in enumerate(self.memory):
-                self._bind_input(f"memory_keys_{layer}", keys)
-                self._bind_input(f"memory_values_{layer}", values)
-
-    def _bind_input(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def _bind_output(self, name: str, array: NDArray[Any]) -> None:
-        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+def make_rows(model: OnnxModel, size: Size) -> OnnxRows:
+    return OnnxRows(model, size)
 
 
-class OnnxSteps:
-    """`rows.Steps` over an exported model."""
-
-    def __init__(self, model: OnnxModel, sources: Sequence[Sequence[int]], max_target_tokens: int) -> None:
-        self.model = model
-        self.cache = model.make_cache(model.encode(sources), max_target_tokens)
-
-    def first(self) -> list[Logits]:
-        return self.next([self.model.config.bos_token_id] * len(self.cache.lengths))
-
-    def next(self, tokens: Sequence[int]) -> list[Logits]:
-        return list(self.model.step(tokens, self.cache))
-
-    def keep(self, rows: Sequence[int]) -> None:
-        self.cache.index_select(rows)
-
-
-def generate(
-    model: OnnxModel,
-    sources: Sequence[Sequence[int]],
-    settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
-    pictures: PicturesOfRows = None,
-) -> list[Generation]:
-    """As `decoding.generate`, with an exported model."""
-    _refuse(pictures)
-    requests = make_requests(model, sources, settings, tokenizer)
-    for _ in _run(model, sources, requests):
-        pass
-    return [request.result() for request in requests]
-
-
-def stream(
-    model: OnnxModel,
-    sources: Sequence[Sequence[int]],
-    settings: SamplingSettings | Sequence[SamplingSettings] | None = None,
-    *,
-    tokenizer: Tokenizer | None = None,
-    pictures: PicturesOfRows = None,
-) -> Iterator[Event]:
-    """As `decoding.stream`, with an exported model."""
-    _refuse(pictures)
-    return _run(model, sources, make_requests(model, sources, settings, tokenizer))
-
-
-def _run(model: OnnxModel, sources: Sequence[Sequence[int]], requests: Sequence[Request]) -> Iterator[Event]:
-    return run_rows(lambda length: OnnxSteps(model, sources, length), requests, model.config.pad_token_id)
+def memory_plan(model: OnnxModel, size: Size, encode_tokens: int) -> MemoryPlan:
+    """Weights are counted once, as they lie in the folder."""
+    weights = sum(path.stat().st_size for path in model.manifest.folder.iterdir() if path.is_file())
+    caches = cache_bytes(model, size)
+    how = {"encode_tokens": encode_tokens, "element_bytes": 4}
+    return plan(model.config, size, weights=weights, caches=caches, **how)
 
 
 def encoder_states(
     model: OnnxModel, sources: Sequence[Sequence[int]], pictures: PicturesOfRows = None
 ) -> list[NDArray[np.float32]]:
     """The states (S, D) of each source, without padding."""
-    _refuse(pictures)
+    refuse_pictures(pictures)
     states = model.encode(sources).states
     return [states[row, : len(source)] for row, source in enumerate(sources)]
 
@@ -306,25 +162,22 @@ def encoder_states(
 def log_probabilities(
     model: OnnxModel, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """log p of each target's ids after its source's, step by step; rows that have ended run on as padding."""
+    """log p of each target's ids after its source's, many positions a step; rows that have ended run on as padding."""
     longest = max(len(target) for target in targets)
-    cache = model.make_cache(model.encode(sources), longest)
+    at_once = max(1, min(longest, MAX_LOGITS // (len(targets) * model.config.decoder.vocab_size)))
+    cache = model.make_cache(model.encode(sources), longest, at_once)
+    pad, bos = model.config.pad_token_id, model.config.bos_token_id
+    inputs = np.full((len(targets), longest), pad, np.int64)
+    for row, target in enumerate(targets):
+        inputs[row, : len(target)] = [bos, *target[:-1]]
     found: list[list[float]] = [[] for _ in targets]
-    following = [model.config.bos_token_id] * len(targets)
-    for place in range(longest):
-        logits = model.step(following, cache)
+    for start in range(0, longest, at_once):
+        logits = cache.advance(inputs[:, start : start + at_once])
         for row, target in enumerate(targets):
-            following[row] = target[place] if place < len(target) else model.config.pad_token_id
-            if place < len(target):
-                values = logits[row].astype(np.float64)
+            for values, token in zip(logits[row].astype(np.float64), target[start : start + at_once], strict=False):
                 top = values.max()
-                found[row].append(float(values[target[place]] - top - np.log(np.exp(values - top).sum())))
+                found[row].append(float(values[token] - top - np.log(np.exp(values - top).sum())))
     return found
-
-
-def _refuse(pictures: PicturesOfRows) -> None:
-    if any(pixels is not None for pixels in pictures or ()):
-        raise ExportError("exported models read text only; give pictures to the checkpoint it was made from")
 
 
 def _session(path: Path, threads: int | None) -> InferenceSession:

@@ -53,7 +53,11 @@ def join_pictures(pictures: PicturesOfRows, num_rows: int) -> Float[Tensor, "N C
     """The pictures of all rows in the order of the rows; None if there are none."""
     import torch
 
-    if pictures is not None and len(pictures) != num_rows:
-        raise ValueError(f"pictures has {len(pictures)} entries for {num_rows} sources; give one (or None) for each")
+    check_pictures(pictures, num_rows)
     found = [torch.as_tensor(pixels) for pixels in pictures or () if pixels is not None and len(pixels)]
     return torch.cat(found) if found else None
+
+
+def check_pictures(pictures: PicturesOfRows, num_rows: int) -> None:
+    if pictures is not None and len(pictures) != num_rows:
+        raise ValueError(f"pictures has {len(pictures)} entries for {num_rows} sources; give one (or None) for each")

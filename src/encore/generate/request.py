@@ -1,7 +1,7 @@
 """One target being written: its tokens, its text, its own random draws, and whether it has ended. No torch.
 
-A `Request` takes one position's logits at a time and says what came of them. Whoever runs the model (`decoding.py`)
-keeps a list of them, so rows of a batch never touch each other's state:
+A `Request` takes one position's logits at a time and says what came of them. `scheduler.py` keeps a list of them, so
+rows of a batch never touch each other's state:
 
     logits (V,) ─ sample ─▶ id ─ StreamDecoder ─▶ text ─ StopScanner ─▶ Event(token, text, finish_reason)
 """
@@ -13,12 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from encore.generate.sampling import Logits, SamplingSettings, sample
+import numpy as np
+from numpy.typing import NDArray
+
+from encore.generate.sampling import Logits, SamplingSettings, apply_repetition_penalty, sample
 
 if TYPE_CHECKING:
     from encore.tokenizer import StreamDecoder
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+NEAR_TIE = 1e-4
+"""Two best logits closer than this may change places with the number of tokens that a step computes at once."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class Generation:
 
     `tokens` holds every id that was written, the stop id included, and `log_probabilities` one number for each (the
     model's own, before temperature and filters). `text` is without special tokens, stop id and stop string.
-    `stop` is the id or the text that ended it, None if it ran to its length. Seconds count from the start of its batch.
+    `stop` is the id or the text that ended it, None if something else did. Seconds count from when it was asked for.
+    Of `drafted` tokens, `accepted` were what the model chose; at `near_ties` of the positions so computed the two best
+    logits were closer than NEAR_TIE. `score` is that of a beam (`beam.py`).
     """
 
     tokens: list[int]
@@ -48,6 +56,10 @@ class Generation:
     stop: int | str | None
     first_token_seconds: float
     seconds: float
+    drafted: int = 0
+    accepted: int = 0
+    near_ties: int = 0
+    score: float | None = None
 
 
 class StopScanner:
@@ -116,6 +128,7 @@ class Request:
         self._stop: int | str | None = None
         self._started = time.perf_counter()
         self._first_token_seconds = self._seconds = 0.0
+        self._drafted = self._accepted = self._near_ties = 0
 
     @property
     def finished(self) -> bool:
@@ -136,6 +149,37 @@ class Request:
             self._first_token_seconds = self._seconds
         return Event(self.row, token, log_probability, text, self.finish_reason)
 
+    def accept_drafted(self, logits: NDArray[np.float32], draft: Sequence[int]) -> list[Event]:
+        """As `accept`, after a step over the last token and a draft: logits (1 + len(draft), V).
+
+        Each position's token is chosen as ever, and the next position counts if it was drafted right: rejection
+        sampling (Leviathan et al., arXiv 2211.17192) against a draft that is certain of itself. So the target does not
+        depend on the draft, drawn ones included.
+        """
+        events: list[Event] = []
+        for place, drafted in enumerate([*draft, None]):
+            if self.settings.greedy and draft:
+                penalty = self.settings.repetition_penalty
+                self._near_ties += _is_near_tie(apply_repetition_penalty(logits[place], self._seen, penalty))
+            events.append(self.accept(logits[place]))
+            if self.finished or events[-1].token != drafted:
+                break
+        self._drafted += len(draft)
+        self._accepted += sum(event.token == token for event, token in zip(events, draft, strict=False))
+        return events
+
+    def end(self, reason: Literal["cancelled", "deadline"]) -> None:
+        """Ends it from outside."""
+        if not self.finished:
+            self.finish_reason = reason
+            self._text.append(self._flush())
+            self._seconds = time.perf_counter() - self._started
+
+    def _flush(self) -> str:
+        """The text that was held back."""
+        text = "" if self._decoder is None else self._scanner.push(self._decoder.finish())
+        return text + self._scanner.finish()
+
     def _advance(self, token: int) -> str:
         text = ""
         if token in self.stop_ids:
@@ -145,9 +189,8 @@ class Request:
                 text = self._scanner.push(self._decoder.push(token))
             if len(self.tokens) >= self.settings.max_target_tokens:
                 self.finish_reason = "length"
-        if self.finished and self._decoder is not None:
-            text += self._scanner.push(self._decoder.finish())
-            text += self._scanner.finish()
+        if self.finished:
+            text += self._flush()
         if self._scanner.found is not None:
             self.finish_reason, self._stop = "stop", self._scanner.found
         return text
@@ -163,4 +206,13 @@ class Request:
             stop=self._stop,
             first_token_seconds=self._first_token_seconds,
             seconds=self._seconds,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            near_ties=self._near_ties,
         )
+
+
+def _is_near_tie(logits: Logits) -> bool:
+    best = int(logits.argmax())
+    around = (logits[:best], logits[best + 1 :])
+    return bool(logits[best] - max(part.max() for part in around if part.size) < NEAR_TIE)

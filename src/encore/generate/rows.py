@@ -1,26 +1,30 @@
-"""The rows of a batch, driven step by step through whatever runs the model. No torch, no onnxruntime.
+"""Rows: targets being decoded side by side, whatever runs the model, and the checks before. No torch, no onnxruntime.
 
-    Steps.first() ─▶ logits of each row ─ Request.accept ─▶ ids ─▶ Steps.next(ids) ─▶ logits …
+    rows.join([source], [1]) ─▶ a new row ─ step([[first]]) ─▶ logits ─ Request.accept ─▶ id ─ step([[id]]) ─▶ …
 
-Each row samples, streams and stops by itself (`request.py`). Ended rows stay as padding until enough of the batch has
-ended to be worth copying the caches; the answer of a row does not depend on its neighbours. `decoding.py` (torch) and
-`onnx_backend.py` (exported graphs) make the steps.
+`TorchRows` (torch) and `OnnxRows` (exported graphs) implement `Rows`; `scheduler.py` and `beam.py` drive it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from encore.config import ModelConfig, StackConfig, T5GemmaConfig
-from encore.generate.request import Event, Request
-from encore.generate.sampling import Logits, SamplingSettings
+from encore.generate.chunks import longest_chunk
+from encore.generate.request import Request
+from encore.generate.sampling import SamplingSettings
 
 if TYPE_CHECKING:
+    from encore.generate.padding import PicturesOfRows
     from encore.tokenizer import Tokenizer
 
-WORTH_DROPPING = 0.25
-"""The share of ended rows at which the caches are copied without them: all copies together stay below 4 x one."""
+RowLogits: TypeAlias = NDArray[np.float32]
+"""Logits (T, V) of one row, after each of its T new tokens."""
 
 
 class HasConfig(Protocol):
@@ -30,20 +34,47 @@ class HasConfig(Protocol):
     def config(self) -> ModelConfig: ...
 
 
-class Steps(Protocol):
-    """A batch of targets being decoded; all methods speak of its current rows."""
+@dataclass(frozen=True)
+class Size:
+    """The most there may be: rows, tokens of a source, tokens of a target, new tokens of a row in one step."""
 
-    def first(self) -> list[Logits]:
-        """Logits (V,) of each row's first new token."""
+    rows: int
+    source_tokens: int
+    target_tokens: int
+    new_tokens: int = 1
+
+
+class Rows(Protocol):
+    """Targets being decoded, row 0 to `num_rows` - 1; buffers for the most of them are made at the start."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffers, which neither grow nor shrink."""
         ...
 
-    def next(self, tokens: Sequence[int]) -> list[Logits]:
-        """Logits (V,) of each row after its next token."""
+    def join(self, sources: Sequence[Sequence[int]], copies: Sequence[int], pictures: PicturesOfRows = None) -> None:
+        """Read the sources in one batch; each becomes so many rows, behind the others, that share what was computed."""
         ...
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows."""
+    def step(self, tokens: Sequence[Sequence[int]]) -> Sequence[RowLogits]:
+        """Logits after each of the new tokens of each row (one or more). They are overwritten by the next step."""
         ...
+
+    def rollback(self, counts: Sequence[int]) -> None:
+        """Forget the last so many tokens of each row: fewer than the last step gave it."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order (they may repeat)."""
+        ...
+
+
+def first_token(config: ModelConfig, source: Sequence[int]) -> int:
+    """What a row is given in its first step: `<bos>`, or a prompt's last token (`join` read those before it)."""
+    return config.bos_token_id if isinstance(config, T5GemmaConfig) else source[-1]
 
 
 def source_stack(model: HasConfig) -> StackConfig:
@@ -94,10 +125,10 @@ def make_requests(
     encoder_decoder = isinstance(model.config, T5GemmaConfig)
     requests: list[Request] = []
     for row, (source, chosen) in enumerate(zip(sources, settings, strict=True)):
-        limit = source_limit(model, chosen.max_target_tokens)
-        if len(source) > limit:
+        limit, longest = source_limit(model, chosen.max_target_tokens), longest_chunk(source)
+        if longest > limit:
             raise ValueError(
-                f"source {row} has {len(source)} tokens; the model takes {limit}"
+                f"source {row} has {longest} tokens; the model takes {limit}"
                 + ("" if encoder_decoder else f" when up to {chosen.max_target_tokens} are to follow")
                 + ": shorten it"
             )
@@ -113,23 +144,3 @@ def make_requests(
             )
         )
     return requests
-
-
-def run_rows(start: Callable[[int], Steps], requests: Sequence[Request], pad_id: int) -> Iterator[Event]:
-    """Every token of every request as an event. `start(max_target_tokens)` reads the sources and makes the steps."""
-    if not requests:
-        return
-    steps = start(max(request.settings.max_target_tokens for request in requests))
-    logits = steps.first()
-    batch = list(requests)
-    while True:
-        for request, row_logits in zip(batch, logits, strict=True):
-            if not request.finished:
-                yield request.accept(row_logits)
-        running = [row for row, request in enumerate(batch) if not request.finished]
-        if not running:
-            return
-        if len(running) <= (1 - WORTH_DROPPING) * len(batch):
-            batch = [batch[row] for row in running]
-            steps.keep(running)
-        logits = steps.next([pad_id if request.finished else request.tokens[-1] for request in batch])

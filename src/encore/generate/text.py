@@ -12,16 +12,20 @@ Any number of texts is read as a stream, and answered in order.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from encore.checkpoint.hub import resolve
+from encore.config import T5GemmaConfig
 from encore.export.manifest import is_exported
-from encore.generate.backends import backend_of
+from encore.generate.batch import beam_search, generate, stream
+from encore.generate.beam import BeamSettings
+from encore.generate.drafts import DraftSettings
 from encore.generate.onnx_backend import OnnxModel
-from encore.generate.padding import by_length
+from encore.generate.padding import PicturesOfRows, by_length
 from encore.generate.request import Event, Generation
 from encore.generate.rows import source_limit
 from encore.generate.sampling import SamplingSettings
@@ -40,10 +44,11 @@ BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated for one text, and the source it was generated from."""
+    """What was generated for a text, the source it was generated from, and further beams if several were wanted."""
 
     source: Source
     generation: Generation
+    others: list[Generation] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -62,6 +67,9 @@ class TextGenerator:
         max_source_tokens: int | None = None,
         overflow: Overflow = "error",
         pan_and_scan: PanAndScan | None = None,
+        chunk_tokens: int | None = None,
+        instruction: str = "",
+        drafts: DraftSettings | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
@@ -70,6 +78,9 @@ class TextGenerator:
         self.max_source_tokens = max_source_tokens
         self.overflow: Overflow = overflow
         self.pan_and_scan = pan_and_scan
+        self.chunk_tokens = chunk_tokens
+        self.instruction = instruction
+        self.drafts = drafts
         self.warn = warn
 
     @classmethod
@@ -84,6 +95,9 @@ class TextGenerator:
         max_source_tokens: int | None = None,
         overflow: Overflow = "error",
         pan_and_scan: PanAndScan | None = None,
+        chunk_tokens: int | None = None,
+        instruction: str = "",
+        drafts: DraftSettings | None = None,
         warn: Callable[[str], None] | None = None,
         threads: int | None = None,
     ) -> TextGenerator:
@@ -116,19 +130,30 @@ class TextGenerator:
             max_source_tokens=max_source_tokens,
             overflow=overflow,
             pan_and_scan=pan_and_scan,
+            chunk_tokens=chunk_tokens,
+            instruction=instruction,
+            drafts=drafts,
             warn=warn,
         )
 
     def reader(self, max_target_tokens: int, *, pictures: bool = False) -> SourceReader:
         """What makes sources of texts (and of pictures), when up to this many target tokens are to follow."""
-        limit = source_limit(self.model, max_target_tokens)
+        limit = longest = source_limit(self.model, max_target_tokens)
+        if self.chunk_tokens is not None:
+            if not isinstance(self.model.config, T5GemmaConfig):
+                raise ValueError("a decoder-only model has no encoder to read chunks with; leave chunk_tokens out")
+            if self.chunk_tokens > limit:
+                raise ValueError(f"chunk_tokens is {self.chunk_tokens}; the model takes at most {limit} at a time")
+            longest = sys.maxsize  # of all chunks together
         return SourceReader(
             self.tokenizer,
-            max_tokens=limit if self.max_source_tokens is None else min(limit, self.max_source_tokens),
+            max_tokens=longest if self.max_source_tokens is None else min(longest, self.max_source_tokens),
             chat=self.chat,
             overflow=self.overflow,
             picture_format=PictureFormat.of(self.model.config) if pictures else None,
             pan_and_scan=self.pan_and_scan,
+            chunk_tokens=self.chunk_tokens,
+            instruction=self.instruction,
             warn=self.warn,
         )
 
@@ -138,8 +163,14 @@ class TextGenerator:
         """The tokens and pieces of text for one text, as they come."""
         settings = settings or SamplingSettings()
         source = self.reader(settings.max_target_tokens, pictures=bool(pictures)).read(text, pictures=pictures)
-        run = backend_of(self.model)
-        return run.stream(self.model, [source.tokens], settings, tokenizer=self.tokenizer, pictures=[source.pictures])
+        return stream(
+            self.model,
+            [source.tokens],
+            settings,
+            tokenizer=self.tokenizer,
+            pictures=[source.pictures],
+            drafts=self.drafts,
+        )
 
     def generate(
         self,
@@ -148,18 +179,19 @@ class TextGenerator:
         *,
         batch_size: int = 8,
         pictures: Iterable[Sequence[PictureSource]] | None = None,
+        beams: BeamSettings | None = None,
     ) -> Iterator[Answer]:
         """One answer per text, in their order, while `texts` is being read.
 
         Some batches are read ahead and sorted by length, so that little is padded; with `batch_size=1` each answer
         comes before the next text is read. `pictures` has an entry for each text: its pictures (file names, bytes of
         files or Pillow images), () for none. Each stands at a `<start_of_image>` of the text, or all stand in front.
+        `beams` searches instead of taking one token after the other.
         """
         if isinstance(texts, str):
             raise ValueError("texts is one string; give a list of texts, even of one")
         settings = settings or SamplingSettings()
         reader = self.reader(settings.max_target_tokens, pictures=pictures is not None)
-        run = backend_of(self.model)
         ahead = batch_size * BATCHES_AHEAD if batch_size > 1 else 1
         numbered = enumerate(with_pictures(texts, pictures), start=1)
         while chunk := list(itertools.islice(numbered, ahead)):
@@ -168,7 +200,19 @@ class TextGenerator:
             for rows in by_length([source.tokens for source in sources], batch_size):
                 batch = [sources[row].tokens for row in rows]
                 pixels = [sources[row].pictures for row in rows]
-                generations = run.generate(self.model, batch, settings, tokenizer=self.tokenizer, pictures=pixels)
-                for row, generation in zip(rows, generations, strict=True):
-                    answers[row] = Answer(sources[row], generation)
+                for row, (best, *others) in zip(rows, self._run(batch, settings, pixels, beams), strict=True):
+                    answers[row] = Answer(sources[row], best, others)
             yield from (answers[row] for row in range(len(chunk)))
+
+    def _run(
+        self,
+        sources: Sequence[Sequence[int]],
+        settings: SamplingSettings,
+        pictures: PicturesOfRows,
+        beams: BeamSettings | None,
+    ) -> list[list[Generation]]:
+        """For each source its targets, best first."""
+        given = {"tokenizer": self.tokenizer, "pictures": pictures}
+        if beams is not None:
+            return beam_search(self.model, sources, settings, beams=beams, **given)
+        return [[found] for found in generate(self.model, sources, settings, drafts=self.drafts, **given)]

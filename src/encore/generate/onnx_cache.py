@@ -1,0 +1,312 @@
+"""What decoding with exported graphs remembers: keys and values of memory and target, bound to the step graph.
+
+    cache = model.make_cache(memory, max_target_tokens=64, step_tokens=5)
+    logits = cache.advance([[2], [2]])                      # (B, 1, V), after one token of each row
+    logits = cache.advance([[8, 4, 9], [5, 0, 0]], [3, 1])  # (B, 3, V); row 1 had one token, the rest is padding
+    cache.rollback([2, 2])                                  # forgets the last two of row 0
+
+Row b with m_b source tokens has its memory in slots 0 … m_b - 1 (T5Gemma 2; T5Gemma keeps it apart) and token i of
+the target in slot m_b + i mod R, where R is the room for all tokens on global layers, window + step_tokens - 1 on local
+ones: a step of `step_tokens` then overwrites only what its first token sees no more. So each of its tokens sees what it
+should, and all of them may be rolled back. Rows differ in source length and in target length; `put` replaces a row,
+`index_select` keeps some. Buffers grow with the longest row, one layer at a time, and no further than all rows full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from encore.config import LayerType, T5GemmaConfig
+from encore.generate.onnx_inputs import HIDDEN, rotation
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+GROWTH = 64
+"""Buffers grow by an eighth, to a multiple of this many slots: copying stays a small part of decoding."""
+
+NAMES: dict[LayerType, str] = {"sliding_attention": "local", "full_attention": "global"}
+_DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+
+
+class OnnxCache:
+    """Made by `OnnxModel.make_cache`. `lengths` counts the target tokens of each row, `memory_lengths` its source's.
+
+    `buffers[name]` is (B, K, slots, width), for every input of the step graph that begins with past_ or memory_.
+    """
+
+    def __init__(
+        self,
+        config: T5GemmaConfig,
+        session: InferenceSession,
+        memory_lengths: NDArray[np.int64],
+        max_tokens: int,
+        step_tokens: int = 1,
+    ) -> None:
+        stack = config.decoder
+        self.config, self.session, self.max_tokens, self.step_tokens = config, session, max_tokens, step_tokens
+        self.merged = config.model_type == "t5gemma2"
+        self.memory_lengths = memory_lengths.astype(np.int64)
+        self.lengths = np.zeros_like(self.memory_lengths)
+        self._written = self.lengths.copy()  # the most tokens that ever lay in the slots of a row
+        room = max_tokens + step_tokens  # a full row may still have padding in a step
+        self.rings: dict[LayerType, int] = {
+            kind: room if kind == "full_attention" else min(room, stack.sliding_window + step_tokens - 1)
+            for kind in dict.fromkeys(stack.layer_types)
+        }
+        self.rotations = {kind: rotation(stack.rope(kind), stack.head_dim, room) for kind in self.rings}
+        self.buffers: dict[str, NDArray[Any]] = {}
+        for value in session.get_inputs():
+            if value.name.startswith(("past_", "memory_")):
+                shape = (len(self.lengths), stack.num_key_value_heads, 0, value.shape[3])
+                self.buffers[value.name] = np.zeros(shape, _DTYPES[value.type])
+        self._slots: dict[str, int] = {}
+        self._steps: dict[int, _Step] = {}
+        self._make_room(step_tokens)
+
+    @property
+    def in_front(self) -> NDArray[np.int64]:
+        """The slots of each row that the memory takes."""
+        return self.memory_lengths if self.merged else np.zeros_like(self.memory_lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def num_slots(self, place: str) -> int:
+        return self._slots[place]
+
+    def put_memory(self, start: int, computed: Mapping[str, NDArray[Any]]) -> None:
+        """Take over what memory.onnx made of the source positions from `start`."""
+        for name, array in computed.items():
+            target = self.buffers["past_" + name.removeprefix("memory_") if self.merged else name]
+            for row, length in enumerate(self.memory_lengths):
+                stop = min(int(length), start + array.shape[2])
+                if stop > start:
+                    target[row, :, start:stop] = array[row, :, : stop - start]
+
+    def advance(self, tokens: ArrayLike, counts: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Logits (B, T, V) after each of T more tokens (B, T) of each row, which the cache now holds.
+
+        `counts` (B,): how many of a row's tokens are real, the first ones; None = all. What follows them in the row is
+        padding and leaves no trace. The array is overwritten by the next step of T tokens.
+        """
+        ids = np.asarray(tokens, np.int64)
+        batch_size = len(self.lengths)
+        if ids.ndim != 2 or len(ids) != batch_size or not 1 <= ids.shape[1] <= self.step_tokens:
+            raise ValueError(
+                f"the tokens have the shape {ids.shape}; expected ({batch_size}, T), with T from 1 to step_tokens = "
+                f"{self.step_tokens}"
+            )
+        num_tokens, vocab_size = ids.shape[1], self.config.decoder.vocab_size
+        new = np.full(batch_size, num_tokens) if counts is None else np.asarray(counts, np.int64)
+        if new.shape != (batch_size,) or new.min() < 0 or new.max() > num_tokens:
+            raise ValueError(f"counts is {counts}; expected {batch_size} numbers from 0 to {num_tokens}")
+        if int((self.lengths + new).max()) > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.max_tokens} target tokens and is full: make it with a larger max_target_tokens"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            raise ValueError(f"target tokens are {ids.tolist()}; the vocabulary has ids 0 to {vocab_size - 1}")
+        self._make_room(num_tokens)
+        step = self._steps.get(num_tokens)
+        if step is None:
+            step = self._steps[num_tokens] = _Step(self, num_tokens)
+        step.prepare(ids)
+        self.session.run_with_iobinding(step.binding)
+        self._written = np.maximum(self._written, self.lengths + num_tokens)
+        self.lengths = self.lengths + new
+        step.follows = self.lengths if num_tokens == 1 and counts is None else None
+        return step.logits
+
+    def rollback(self, lengths: ArrayLike) -> None:
+        """Forget the last tokens of rows, down to these lengths: no more than `step_tokens` of those ever written."""
+        wanted = np.asarray(lengths, np.int64)
+        least = np.maximum(self._written - self.step_tokens, 0)  # what came later overwrote what these would see
+        if wanted.shape != self.lengths.shape or (wanted < least).any() or (wanted > self.lengths).any():
+            raise ValueError(
+                f"rollback to lengths {wanted.tolist()}: expected, row by row, from {least.tolist()} "
+                f"to {self.lengths.tolist()}"
+            )
+        self.lengths = wanted.copy()
+
+    def index_select(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order (rows may repeat)."""
+        chosen = list(rows)
+        self.memory_lengths, self.lengths = self.memory_lengths[chosen], self.lengths[chosen]
+        self._written = self._written[chosen]
+        self._steps.clear()
+        for place, slots in self._needed(self.step_tokens).items():
+            self._slots[place] = min(self._slots[place], -(-slots // GROWTH) * GROWTH)
+        for name, buffer in self.buffers.items():
+            self.buffers[name] = np.ascontiguousarray(buffer[chosen, :, : self._slots[self.place(name)]])
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` is, which has the same source: only targets are copied, in place."""
+        chosen = np.asarray(rows)
+        moved = [(i, int(row)) for i, row in enumerate(chosen) if i != row]
+        in_front = self.in_front
+        for name, buffer in self.buffers.items():
+            if name.startswith("memory_"):
+                continue
+            ring = self.rings[self.config.decoder.layer_types[int(name.rsplit("_", 1)[1])]]
+            slots = [slice(int(in_front[row]), int(in_front[row] + min(self.lengths[row], ring))) for _, row in moved]
+            copies = [buffer[row, :, of_row].copy() for (_, row), of_row in zip(moved, slots, strict=True)]
+            for (i, _), of_row, copy in zip(moved, slots, copies, strict=True):
+                buffer[i, :, of_row] = copy
+        if (self.lengths[chosen] != self.lengths).any():
+            self.lengths = self.lengths[chosen]
+        self._written = self._written[chosen]
+
+    def put(self, row: int, other: OnnxCache, other_row: int) -> None:
+        """Replace a row by one of another cache, made for the same model, max_target_tokens and step_tokens."""
+        if (other.rings, other.buffers.keys()) != (self.rings, self.buffers.keys()):
+            raise ValueError(
+                f"the caches hold {other.max_tokens} and {self.max_tokens} target tokens, "
+                f"{other.step_tokens} and {self.step_tokens} a step; a row moves only between caches made alike"
+            )
+        self.memory_lengths[row] = other.memory_lengths[other_row]
+        self.lengths[row], self._written[row] = other.lengths[other_row], other._written[other_row]
+        self._make_room(self.step_tokens)
+        for step in self._steps.values():
+            step.follows = None
+        for name, buffer in self.buffers.items():
+            found = other.buffers[name][other_row]
+            slots = min(found.shape[1], buffer.shape[2])
+            buffer[row, :, :slots] = found[:, :slots]
+        for step in self._steps.values():
+            step.hide_memory()
+
+    def place(self, name: str) -> str:
+        """Which slots a buffer has: those of "local" or "global" layers, or of the "memory" where it lies apart."""
+        layer = int(name.rsplit("_", 1)[1])
+        return "memory" if name.startswith("memory_") else NAMES[self.config.decoder.layer_types[layer]]
+
+    def _needed(self, num_tokens: int) -> dict[str, int]:
+        """The slots of each place that a step of so many tokens needs."""
+        in_front = self.in_front
+        found = {
+            NAMES[kind]: int((in_front + np.minimum(self.lengths + num_tokens, ring)).max(initial=0))
+            for kind, ring in self.rings.items()
+        }
+        return found if self.merged else {**found, "memory": max(1, int(self.memory_lengths.max(initial=0)))}
+
+    def _make_room(self, num_tokens: int) -> None:
+        needed = self._needed(num_tokens)
+        if all(slots <= self._slots.get(place, 0) for place, slots in needed.items()):
+            return
+        self._steps.clear()
+        for place, slots in needed.items():
+            if slots > self._slots.get(place, 0):
+                self._slots[place] = self._rounded_up(place, slots)
+        for name, buffer in self.buffers.items():
+            more = self._slots[self.place(name)] - buffer.shape[2]
+            if more:
+                self.buffers[name] = np.pad(buffer, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    def _rounded_up(self, place: str, slots: int) -> int:
+        if place == "memory":
+            return slots
+        ring = next(ring for kind, ring in self.rings.items() if NAMES[kind] == place)
+        most = int(self.in_front.max(initial=0)) + ring
+        return min(most, -(-max(slots, self._slots.get(place, 0) * 9 // 8) // GROWTH) * GROWTH)
+
+
+class _Step:
+    """The step graph bound to a cache, for T tokens a row: where everything lies that it reads and writes."""
+
+    def __init__(self, cache: OnnxCache, num_tokens: int) -> None:
+        self.cache, self.num_tokens = cache, num_tokens
+        stack, batch_size = cache.config.decoder, len(cache.lengths)
+        groups = stack.num_attention_heads // stack.num_key_value_heads
+        self.binding = cache.session.io_binding()
+        self.inputs: dict[str, NDArray[Any]] = {}
+        self.tokens = np.zeros((batch_size, num_tokens), np.int64)
+        self.positions = np.zeros((batch_size, num_tokens), np.int64)
+        self.logits = np.zeros((batch_size, num_tokens, stack.vocab_size), np.float32)
+        self.slots: dict[LayerType, NDArray[np.int64]] = {}
+        self.hidden: dict[LayerType, NDArray[np.float32]] = {}
+        self.follows: NDArray[np.int64] | None = None
+        """The lengths for which `hidden` needs only the change that one token makes."""
+        self._input("tokens", self.tokens)
+        self._input("positions", self.positions)
+        self._output("logits", self.logits)
+        queries = 1 if num_tokens == 1 else num_tokens * groups
+        for kind in cache.rings:
+            name = NAMES[kind]
+            slots = np.zeros((batch_size, stack.num_key_value_heads, num_tokens, 3), np.int64)
+            slots[..., 0] = np.arange(batch_size)[:, None, None]
+            slots[..., 1] = np.arange(stack.num_key_value_heads)[:, None]
+            self.slots[kind] = slots
+            self.hidden[kind] = np.zeros((batch_size, 1, queries, cache.num_slots(name)), np.float32)
+            self._input(f"slots_{name}", slots)
+            self._input(f"hidden_{name}", self.hidden[kind])
+            for part, table in zip(("cos", "sin"), cache.rotations[kind], strict=True):
+                self._input(f"{part}_{name}", table)
+        for name, buffer in cache.buffers.items():
+            self._input(name, buffer)
+            if name.startswith("past_"):
+                self._output("new_" + name.removeprefix("past_"), buffer)
+        if not cache.merged:
+            self.hidden_memory = np.zeros((batch_size, 1, 1, cache.num_slots("memory")), np.float32)
+            self._input("hidden_memory", self.hidden_memory)
+            self.hide_memory()
+
+    def hide_memory(self) -> None:
+        """Where the memory lies apart: hide the slots behind each row's source."""
+        if not self.cache.merged:
+            here = np.arange(self.hidden_memory.shape[3]) < self.cache.memory_lengths[:, None]
+            self.hidden_memory[:, 0, 0] = np.where(here, np.float32(0), HIDDEN)
+
+    def prepare(self, ids: NDArray[np.int64]) -> None:
+        """Everything but the buffers, for the tokens that come after the first `cache.lengths` of each row."""
+        cache = self.cache
+        self.tokens[:] = ids
+        self.positions[:] = cache.lengths[:, None] + np.arange(self.num_tokens)
+        in_front = cache.in_front[:, None]
+        for kind, ring in cache.rings.items():
+            slots = in_front + self.positions % ring
+            self.slots[kind][..., 2] = slots[:, None]
+            window = cache.config.decoder.sliding_window if kind == "sliding_attention" else None
+            if self.follows is cache.lengths:
+                self._hide_one_more(self.hidden[kind][:, 0, 0], slots[:, 0], in_front[:, 0], ring, window)
+            else:
+                self._hide(self.hidden[kind], in_front, ring, window)
+
+    def _hide_one_more(
+        self,
+        hidden: NDArray[np.float32],
+        slots: NDArray[np.int64],
+        in_front: NDArray[np.int64],
+        ring: int,
+        window: int | None,
+    ) -> None:
+        rows = np.arange(len(slots))
+        if window is not None:
+            left = self.cache.lengths - window  # the token that has just left the window
+            rows_left = rows[left >= 0]
+            hidden[rows_left, in_front[rows_left] + left[rows_left] % ring] = HIDDEN
+        hidden[rows, slots] = 0
+
+    def _hide(self, hidden: NDArray[np.float32], in_front: NDArray[np.int64], ring: int, window: int | None) -> None:
+        place = np.arange(hidden.shape[3]) - in_front  # (B, L)
+        newest = self.positions[:, -1:]
+        token = newest - (newest - place) % ring  # the newest that lies there; below 0 = none yet
+        token = np.where(place < ring, token, -1)[:, None]
+        query = self.positions[:, :, None]
+        seen = (token >= 0) & (token <= query)
+        if window is not None:
+            seen &= token > query - window
+        seen |= (place < 0)[:, None]  # the memory
+        hidden[:, 0] = np.repeat(np.where(seen, np.float32(0), HIDDEN), hidden.shape[2] // self.num_tokens, axis=1)
+
+    def _input(self, name: str, array: NDArray[Any]) -> None:
+        self.inputs[name] = array
+        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _output(self, name: str, array: NDArray[Any]) -> None:
+        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
