@@ -16,12 +16,12 @@ from torch import nn
 
 from encore.export.graph import ACCURACY_LEVELS, FLOAT, IR_VERSION, OPSET, OURS
 from encore.export.manifest import BITS
-from encore.export.weights import dequantise, quantise
 from encore.generate import onnx_inputs
 from encore.generate.onnx_backend import OnnxModel
 from encore.generate.padding import pad_rows
 from encore.model.layers import vocabulary_logits
 from encore.model.t5gemma import T5Gemma
+from encore.quantize.blocks import dequantise, quantise
 
 W = 7
 TARGET_TOKENS = 20
@@ -78,6 +78,12 @@ def test_float32_is_torch_past_every_window(exported: Callable, kind: str, lengt
 @pytest.mark.parametrize("window", [1, 2, 64])
 def test_narrow_and_wide_windows(exported: Callable, kind: str, window: int) -> None:
     expected, found, states = both(*exported(kind, changes={"sliding_window": window}), [5, 40, 90])
+    assert max(states, np.abs(found - expected).max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_heads_of_an_odd_size(exported: Callable, kind: str) -> None:
+    expected, found, states = both(*exported(kind, changes={"head_dim": 6}), [5, 2 * W + 1])
     assert max(states, np.abs(found - expected).max()) < 1e-4
 
 

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from encore.checkpoint import CheckpointError
 from encore.checkpoint.config_json import read_config_file
 from encore.config import T5GemmaConfig
-from encore.export import ExportError, weights
-from encore.export.weights import StoredWeights, WeightsFile, dequantise, quantise
+from encore.export import ExportError
+from encore.export.weights import StoredWeights, WeightsFile
+from encore.quantize import tensors as quantize_tensors
+from encore.quantize.blocks import dequantise, quantise
 
 
 @given(st.integers(1, 5), st.integers(1, 200), st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.integers())
@@ -60,7 +63,7 @@ def test_every_dtype_is_read_some_rows_at_a_time(
     save_file(tensors, tmp_path / "model.safetensors")
     config = read_config_file(folder)
     assert isinstance(config, T5GemmaConfig)
-    monkeypatch.setattr(weights, "SLICE_NUMBERS", 48 * 10)
+    monkeypatch.setattr(quantize_tensors, "SLICE_NUMBERS", 48 * 10)
     stored = StoredWeights(tmp_path, config)
     slices = list(stored.slices("encoder.embed_tokens.weight", (61, 48)))
     assert [len(part) for part in slices] == [10] * 6 + [1]
@@ -81,7 +84,7 @@ def test_odd_checkpoints_are_refused(make: Callable, tmp_path: Path) -> None:
     changed = {**tensors, name: tensors[name].clone()}
     changed[name][3, 3] = float("nan")
     save_file(changed, tmp_path / "model.safetensors")
-    with pytest.raises(ExportError, match=r"up_proj.weight holds numbers that are not finite"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight holds numbers that are not finite"):
         list(StoredWeights(tmp_path, config).slices("decoder.layers.0.mlp.up_proj.weight", (80, 48)))
     with pytest.raises(ExportError, match=r"has shape \[80, 48\], config.json makes it \[96, 48\]"):
         list(StoredWeights(tmp_path, config).slices("decoder.layers.0.mlp.up_proj.weight", (96, 48)))

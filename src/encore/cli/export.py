@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from encore.export.manifest import Activations, Weights
+from encore.export.manifest import Activations, CacheKind, Weights
 
 
 def register(app: typer.Typer) -> None:
@@ -20,8 +20,12 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub name or shipped model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     weights: Annotated[
-        Weights, typer.Option(help="Of all matrices, or of the layers and then of the vocabulary (embedding and head).")
-    ] = "int8",
+        Weights | None,
+        typer.Option(
+            help="Of all matrices, or of the layers and then of the vocabulary (embedding and head).",
+            show_default="int8, or what the folder holds packed",
+        ),
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -29,8 +33,21 @@ def export(
         ),
     ] = None,
     activations: Annotated[
-        Activations, typer.Option(help="What packed weights are multiplied with: int8 is faster, float32 exact.")
+        Activations,
+        typer.Option(help="What packed weights are multiplied with: int8 is faster, int8-rows fastest, float32 exact."),
     ] = "int8",
+    cache: Annotated[
+        CacheKind,
+        typer.Option(help="How keys and values are kept: int8 reads and holds a quarter, and costs a little."),
+    ] = "float32",
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pairs or texts (.jsonl, asset:pairs/train) to round for as encore quantize does (GPTQ, with torch); "
+            "without: to nearest."
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Rows that calibration reads.", min=1)] = 256,
     encoder_only: Annotated[
         bool, typer.Option("--encoder-only", help="For embeddings: leave the decoder out.")
     ] = False,
@@ -38,17 +55,35 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as one JSON object.")] = False,
 ) -> None:
     """Write a T5Gemma as ONNX graphs, which generate, score and embed run on any CPU without torch."""
+    import tempfile
+
+    from encore.cli.bar import bytes_bar, count_bar
+    from encore.export import ExportError
     from encore.export.folder import export as run
 
-    summary = run(
-        model,
-        out,
-        weights,
-        block_size=block_size,
-        activations=activations,
-        encoder_only=encoder_only,
-        force=force,
-    )
+    with tempfile.TemporaryDirectory(prefix="encore-") as folder:
+        if calibrate:
+            from encore.quantize.folder import quantize
+
+            if weights == "float32":
+                raise ExportError("weights is float32, and nothing is rounded; leave --calibrate out")
+            with count_bar("calibrating", "texts") as progress:
+                packed = Path(folder) / "packed"
+                options = {"block_size": block_size, "num_examples": examples, "progress": progress}
+                quantize(model, packed, weights or "int8", calibrate=calibrate, **options)
+            model, weights, block_size = str(packed), None, None
+        with bytes_bar("exporting") as reading:
+            summary = run(
+                model,
+                out,
+                weights,
+                block_size=block_size,
+                activations=activations,
+                cache=cache,
+                encoder_only=encoder_only,
+                force=force,
+                progress=reading,
+            )
     if as_json:
         print(json.dumps(summary.as_json(), indent=2))
         return

@@ -4,8 +4,9 @@
     weights.py    a checkpoint's matrices -> one file of float32 or packed int8 / int4 blocks
     graph.py      nodes, constants and the layer parts that all graphs share
     encoder.py    encoder.onnx   source ids -> states
+    attention.py  what is kept of keys and values, float32 or int8, and attention over it
     step.py       memory.onnx    states -> keys and values of every decoder layer
-                  step.onnx      one target id per row, with caches in place -> logits
+                  step.onnx      one target id per row, or several, with caches in place -> logits
     folder.py     export(): all of it, for one checkpoint folder
 
 `generate/onnx_backend.py` runs them.

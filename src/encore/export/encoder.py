@@ -18,13 +18,14 @@ from onnx import helper
 from encore.config import LayerType, T5GemmaConfig
 from encore.export.graph import FLOAT, INT64, OURS, Graph, LayerGraph
 from encore.export.manifest import Activations
-from encore.export.weights import Matrix, WeightsFile
+from encore.export.weights import Matrix, RowMatrix, WeightsFile
 
 
 class EncoderGraph(LayerGraph):
     def __init__(self, config: T5GemmaConfig, file: WeightsFile, bits: int | None, activations: Activations) -> None:
         super().__init__("encoder", activations, config.encoder, "encoder.", file, bits)
         self.config = config
+        self.by_rows = activations == "int8-rows"
 
     def build(self, table: Matrix) -> None:
         """`table`: the embedding that the encoder reads."""
@@ -56,9 +57,14 @@ class EncoderGraph(LayerGraph):
             h, x = self.add_and_norm(part, x, following, "states" if last else None)
         self.output("states", FLOAT, ["B", "S", stack.hidden_size])
 
+    def factor(self, layer: str, columns: int, **rows: int) -> Matrix | RowMatrix:
+        if self.by_rows:
+            return self.file.matrix_by_rows(self.parts(layer, rows), columns)
+        return super().factor(layer, columns, **rows)
+
     def _attention(self, h: str, layer: str, kind: LayerType) -> str:
         stack, kv_heads = self.stack, self.stack.num_key_value_heads
-        matrix = self.matrix(
+        matrix = self.factor(
             f"{layer}self_attn.",
             stack.hidden_size,
             q_proj=self.query_size,
@@ -90,7 +96,7 @@ class EncoderGraph(LayerGraph):
         out = self.node("Scan", *scanned, num_scan_inputs=len(scanned), body=body)
         out = self.node("Transpose", out, perm=[1, 0, 4, 2, 3, 5])
         out = self.node("Reshape", out, self.integers(0, -1, self.query_size))
-        return self.linear(out, self.matrix(f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size))
+        return self.linear(out, self.factor(f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size))
 
     def _rotated(self, x: str, kind: LayerType) -> str:
         cos, sin = f"cos_{short(kind)}", f"sin_{short(kind)}"

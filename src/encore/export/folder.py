@@ -10,10 +10,11 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from encore import __version__
 from encore.checkpoint.config_json import read_config_file
 from encore.checkpoint.folder import INDEX_FILE, weight_files
 from encore.checkpoint.hub import CARRIED, LICENCES, carried_files, resolve
+from encore.checkpoint.packing import packing
 from encore.checkpoint.writing import copy_files, new_folder, write_json
 from encore.config import StackConfig, T5GemmaConfig
 from encore.export import ExportError
@@ -31,6 +33,7 @@ from encore.export.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     Activations,
+    CacheKind,
     Weights,
     check_weights,
     is_exported,
@@ -41,7 +44,8 @@ from encore.export.weights import Matrix, StoredWeights, WeightsFile
 REPLACED = ("*.onnx", WEIGHTS_FILE, "*.safetensors", INDEX_FILE, MANIFEST_FILE, *CARRIED, *LICENCES)
 """What a folder that is written again never keeps from its former content."""
 
-HEAD_DIM_MULTIPLE = 16
+SAID_BEFORE = ("method", "calibration", "source")
+"""What `encore quantize` said of packed weights that holds for their export too."""
 
 
 @dataclass(frozen=True)
@@ -64,50 +68,78 @@ class Export:
 def export(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    weights: Weights = "int8",
+    weights: Weights | None = None,
     *,
     block_size: int | None = None,
     activations: Activations = "int8",
+    cache: CacheKind = "float32",
     encoder_only: bool = False,
     force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Export:
     """Write the graphs of a T5Gemma or T5Gemma 2 folder, shipped model or hub name.
 
     Args:
-        weights: of the layers and the vocabulary's matrix; see `manifest.BITS`. Norms and the rest stay float32.
+        weights: of the layers and the vocabulary's matrix; see `manifest.BITS`. Norms and the rest stay float32. None
+            is int8, or what the folder holds, if `encore quantize` packed it.
         block_size: how many weights share a scale, 32, 64 or 128; None takes `manifest.DEFAULT_BLOCK_SIZES`.
         activations: "int8" rounds what is multiplied with packed weights to int8 too, block by block, where the
-            processor has instructions for it; "float32" leaves it exact and is slower.
+            processor has instructions for it; "float32" leaves it exact and is slower. "int8-rows" has one scale for
+            each token, and for each row of the encoder's matrices, instead of blocks: the encoder is faster, and errs
+            more where a few activations are much larger than the rest. The decoder stays as with "int8".
+        cache: how keys and values of memory and target are kept; see `attention.py`.
         encoder_only: the encoder graph alone, for embeddings.
         force: write into a folder that holds files already.
+        progress: told bytes of matrices read, and of how many.
 
     Raises ExportError or CheckpointError before `out` changes.
     """
     started = time.monotonic()
-    block_size = check_weights(weights, block_size, activations)
+    check_weights(weights or "int8", block_size, activations, cache)
     folder = resolve(source)
     if is_exported(folder):
         raise ExportError(f"{folder} is an export already; give the checkpoint that it was made of")
     config = read_config_file(folder)
     if not isinstance(config, T5GemmaConfig):
         raise ExportError(f"{folder} holds a {config.model_type}; only encoder-decoders are exported: adapt it first")
-    for stack in (config.encoder,) if encoder_only else (config.encoder, config.decoder):
-        _check_stack(stack)
+    if config.file_type not in ("t5gemma", "t5gemma2"):
+        raise ExportError(f"{folder} holds a {config.file_type}, a variant that has no graphs: run it with torch")
+    packed = packing(config)
+    if packed is not None:
+        asked = (weights or packed.weights, block_size or packed.block_size)
+        if asked != (packed.weights, packed.block_size):
+            raise ExportError(
+                f"{folder} holds {packed.weights} weights in blocks of {packed.block_size}; asked for was {asked[0]} "
+                f"in blocks of {asked[1]}; leave both out, or export the checkpoint that it was made of"
+            )
+        weights, block_size = cast(Weights, packed.weights), packed.block_size
+    weights = weights or "int8"
+    block_size = check_weights(weights, block_size, activations, cache)
     target = Path(out)
     if target.is_dir() and any(target.iterdir()) and not force:
         raise ExportError(f"{out} holds files already; choose another folder, or use --force to write into it")
     real, origin = Path(os.path.realpath(target)), Path(os.path.realpath(folder))
     if real == origin or real in origin.parents:
         raise ExportError(f"{out} is or contains the source {folder}; choose another folder")
-    stored = StoredWeights(folder, config)
+    done = total = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    stored = StoredWeights(folder, config, advance)
+    total = stored.num_bytes(*("encoder.",) if encoder_only else ("encoder.", "decoder."))
     parts = ("encoder",) if encoder_only else ("encoder", "memory", "step")
     with new_folder(target, replaced=REPLACED) as staged:
         with WeightsFile(staged / WEIGHTS_FILE, stored, block_size) as file:
-            _write_graphs(staged, config, file, weights, activations, encoder_only)
+            _write_graphs(staged, config, file, weights, activations, cache, encoder_only)
         files = {GRAPH_FILES[part]: staged / GRAPH_FILES[part] for part in parts}
         described = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
         described[WEIGHTS_FILE] = {"bytes": file.size, "sha256": file.sha256}
         measured = _measured(file)
+        if packed is not None:
+            measured["error"] = {"relative": packed.raw.get("error", 0.0)}
         provenance = {
             "format": FORMAT,
             "parts": list(parts),
@@ -115,6 +147,7 @@ def export(
             "weights": weights,
             "block_size": block_size,
             "activations": activations if weights != "float32" else "float32",
+            "cache": cache,
             "method": "none" if weights == "float32" else "round to nearest",
             "pictures": False,
             **measured,
@@ -123,6 +156,7 @@ def export(
                 "name": origin.name if Path(source).expanduser().is_dir() else os.fspath(source),
                 "sha256": {path.name: sha256(path) for path in (folder / "config.json", *weight_files(folder))},
             },
+            **({} if packed is None else {key: packed.raw[key] for key in SAID_BEFORE if key in packed.raw}),
             "versions": _versions(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -141,20 +175,13 @@ def export(
     )
 
 
-def _check_stack(stack: StackConfig) -> None:
-    if stack.head_dim % HEAD_DIM_MULTIPLE:
-        raise ExportError(
-            f"head_dim is {stack.head_dim}; ONNX Runtime's attention needs a multiple of {HEAD_DIM_MULTIPLE}: "
-            "run this model with torch"
-        )
-
-
 def _write_graphs(
     folder: Path,
     config: T5GemmaConfig,
     file: WeightsFile,
     weights: Weights,
     activations: Activations,
+    cache: CacheKind,
     encoder_only: bool,
 ) -> None:
     try:
@@ -175,7 +202,7 @@ def _write_graphs(
     encoder.save(folder / GRAPH_FILES["encoder"])
     if encoder_only:
         return
-    step = StepGraph(config, file, layer_bits, activations)
+    step = StepGraph(config, file, layer_bits, activations, cache)
     step.build(read if config.tied_embeddings else table("decoder", config.decoder))
     step.save(folder / GRAPH_FILES["step"])
     memory = MemoryGraph(step, activations)

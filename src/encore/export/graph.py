@@ -2,12 +2,12 @@
 
 Beside the standard operators, ONNX Runtime's own are used (domain com.microsoft): MatMulNBits and GatherBlockQuantized
 for packed weights, FusedMatMul for a product with a transposed matrix, SkipSimplifiedLayerNormalization for a residual
-sum with its norm, GroupQueryAttention for one step over a cache. Everything else is float32.
+sum with its norm. Everything else is float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 from encore.config import StackConfig
 from encore.export.manifest import WEIGHTS_FILE, Activations
-from encore.export.weights import Matrix, Place, StoredWeights, WeightsFile
+from encore.export.weights import Matrix, Place, RowMatrix, StoredWeights, WeightsFile
 
 OURS = "com.microsoft"
 OPSET, IR_VERSION = 21, 10
-ACCURACY_LEVELS: dict[Activations, int] = {"float32": 1, "int8": 4}
+ACCURACY_LEVELS: dict[Activations, int] = {"float32": 1, "int8": 4, "int8-rows": 4}
 HIDDEN = -1e30
 """What is added to the score of a hidden key: its weight is then exactly 0, and a row without keys has no NaN."""
 
-FLOAT, INT32, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64, TensorProto.UINT8
+FLOAT, INT8, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64, TensorProto.UINT8
 
 Shape = Sequence[int | str]
 
@@ -94,10 +94,12 @@ class Graph:
 
     # --- parts of layers
 
-    def linear(self, x: str, matrix: Matrix) -> str:
+    def linear(self, x: str, matrix: Matrix | RowMatrix) -> str:
         """x @ matrix'."""
+        if isinstance(matrix, RowMatrix):
+            return self._linear_by_rows(x, matrix)
         if matrix.bits is None:
-            return self.node("FusedMatMul", x, self.float_matrix(matrix), domain=OURS, transB=1)
+            return self.fused_product(x, self.float_matrix(matrix))
         return self.node(
             "MatMulNBits",
             x,
@@ -110,6 +112,22 @@ class Graph:
             block_size=matrix.block_size,
             accuracy_level=self.accuracy_level,
         )
+
+    def _linear_by_rows(self, x: str, matrix: RowMatrix) -> str:
+        """x rounded to int8 with a scale for each token, one product in integers, and the scales put back."""
+        largest = self.node("ReduceMax", self.node("Abs", x), self.integers(-1))
+        scale = self.node("Max", self.node("Mul", largest, self.constant(1 / 127)), self.constant(1e-20))
+        one, zero = self.constant(1), self.constant(128, np.uint8)
+        levels = self.node("QuantizeLinear", self.node("Div", x, scale), one, zero)
+        size = (matrix.num_columns, matrix.num_rows)
+        weight = self.stored(f"{matrix.name}.rows", matrix.values, INT8, size)
+        scales = self.stored(f"{matrix.name}.row_scales", matrix.scales, FLOAT, size[1:])
+        product = self.node("MatMulIntegerToFloat", levels, weight, one, scales, zero, domain=OURS)
+        return self.node("Mul", product, scale)
+
+    def fused_product(self, x: str, y: str, factor: float = 1.0) -> str:
+        """factor * x @ y'."""
+        return self.node("FusedMatMul", x, y, domain=OURS, transB=1, alpha=factor)
 
     def rows_of(self, matrix: Matrix, tokens: str) -> str:
         """The rows (B, T, K) of a matrix that stand at `tokens` (B, T)."""
@@ -182,8 +200,14 @@ class LayerGraph(Graph):
 
     def matrix(self, layer: str, columns: int, **rows: int) -> Matrix:
         """Write the matrices `rows` (leaf name -> rows) of a layer, one below the other."""
-        parts = [(f"{self.leaves}{layer}{leaf}.weight", count) for leaf, count in rows.items()]
-        return self.file.matrix(parts, columns, self.bits)
+        return self.file.matrix(self.parts(layer, rows), columns, self.bits)
+
+    def parts(self, layer: str, rows: Mapping[str, int]) -> list[tuple[str, int]]:
+        return [(f"{self.leaves}{layer}{leaf}.weight", count) for leaf, count in rows.items()]
+
+    def factor(self, layer: str, columns: int, **rows: int) -> Matrix | RowMatrix:
+        """`matrix`, in whatever form the graph multiplies with."""
+        return self.matrix(layer, columns, **rows)
 
     def scale(self, name: str, size: int | None = None) -> str:
         """1 + w of an RMSNorm."""
@@ -225,13 +249,22 @@ class LayerGraph(Graph):
     def _heads_size(self, name: str) -> int:
         return self.query_size if name.endswith("q_norm") else self.key_size
 
+    def by_key_head(self, x: str, groups: int = 1) -> str:
+        """(B, T, K x groups x E) -> (B, K, T x groups, E): per key head, token by token, the rows that share it."""
+        kv_heads, size = self.stack.num_key_value_heads, self.stack.head_dim
+        if kv_heads == 1:
+            return self.node("Reshape", x, self.integers(0, 1, -1, size))
+        x = self.node("Reshape", x, self.integers(0, 0, kv_heads, groups, size))
+        x = self.node("Transpose", x, perm=[0, 2, 1, 3, 4])
+        return self.node("Reshape", x, self.integers(0, 0, -1, size))
+
     def feed_forward(self, x: str, layer: str) -> str:
         """down(gelu(gate(x)) * up(x)), then its norm."""
         hidden, inner = self.stack.hidden_size, self.stack.intermediate_size
-        both = self.linear(x, self.matrix(f"{layer}mlp.", hidden, gate_proj=inner, up_proj=inner))
+        both = self.linear(x, self.factor(f"{layer}mlp.", hidden, gate_proj=inner, up_proj=inner))
         gate, up = self.split(both, inner, inner)
         x = self.node("Mul", self.node("FastGelu", gate, domain=OURS), up)
-        x = self.linear(x, self.matrix(f"{layer}mlp.", inner, down_proj=hidden))
+        x = self.linear(x, self.factor(f"{layer}mlp.", inner, down_proj=hidden))
         return self.norm(x, f"{layer}post_feedforward_layernorm")
 
 

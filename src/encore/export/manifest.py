@@ -13,26 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from encore.checkpoint.packing import BLOCK_SIZES
 from encore.export import ExportError
+from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS
 
 MANIFEST_FILE = "encore_export.json"
 WEIGHTS_FILE = "weights.bin"
 GRAPH_FILES = {"encoder": "encoder.onnx", "memory": "memory.onnx", "step": "step.onnx"}
-FORMAT = 1
-BLOCK_SIZES = (32, 64, 128)
+FORMAT = 2
 
 Weights = Literal["float32", "int8", "int4", "int8-head-int4"]
-Activations = Literal["float32", "int8"]
+Activations = Literal["float32", "int8", "int8-rows"]
+CacheKind = Literal["float32", "int8"]
 
-BITS: dict[Weights, tuple[int | None, int | None]] = {
-    "float32": (None, None),
-    "int8": (8, 8),
-    "int4": (4, 4),
-    "int8-head-int4": (8, 4),
-}
+BITS: dict[Weights, tuple[int | None, int | None]] = {"float32": (None, None), **PACKED_BITS}
 """Bits of the layers' matrices and of the vocabulary's (embedding and head); None = float32."""
-
-DEFAULT_BLOCK_SIZES: dict[Weights, int] = {"float32": 0, "int8": 128, "int4": 32, "int8-head-int4": 64}
 
 
 @dataclass(frozen=True)
@@ -92,12 +87,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_weights(weights: str, block_size: int | None, activations: str) -> int:
+def check_weights(weights: str, block_size: int | None, activations: str, cache: str = "float32") -> int:
     """The block size to use. Raises ExportError for what does not exist."""
+    if cache not in get_args(CacheKind):
+        raise ExportError(f"cache is {cache!r}; expected one of {', '.join(get_args(CacheKind))}")
     if weights not in BITS:
         raise ExportError(f"weights is {weights!r}; expected one of {', '.join(BITS)}")
     if activations not in get_args(Activations):
         raise ExportError(f"activations is {activations!r}; expected one of {', '.join(get_args(Activations))}")
+    if activations == "int8-rows" and BITS[weights][0] != 8:
+        raise ExportError(f"activations is int8-rows, which asks for layers of 8 bits; weights is {weights}")
     if weights == "float32":
         if block_size is not None:
             raise ExportError(f"block_size is {block_size}, but float32 weights have no blocks; leave it out")

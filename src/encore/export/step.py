@@ -1,17 +1,18 @@
 """memory.onnx and step.onnx: what decoding needs.
 
     memory.onnx   states (B, S, D) -> for every decoder layer the keys (normed, not rotated) and values (B, K, S, E)
-    step.onnx     one target id per row -> logits (B, 1, V); keys and values written into the caches in place
+    step.onnx     T >= 1 target ids per row -> logits (B, T, V); keys and values written into the caches in place
 
-A cache of T5Gemma 2 holds the memory in front and the target behind it, row by row without gaps:
+The caller decides what lies where, so order, rings, unequal rows and forgotten tokens are its business alone
+(`generate/onnx_cache.py`). For every kind of layer it gives
 
-    slot   0 … m_b - 1     m_b … m_b + t
-           memory          target so far, rotated, the new token last
+    slots_*    (B, K, T, 3)   row, head and slot that each new key and value is written to, before anything is read
+    hidden_*   (B, 1, Q, L)   what is added to the scores of L slots: 0, or -1e30 for what a query must not see;
+                              Q = 1 (one token) or T x G, token by token, for the G query heads that share a key
 
-GroupQueryAttention writes the new key into slot `seen_*`[b] (= m_b + t on a global layer) and reads slots 0 to there,
-so rows of different lengths need no mask. Order does not matter to attention: on a local layer the caller moves the
-newest token over the one that leaves the window before each step, and the last slot is written again (a ring).
-T5Gemma has no memory in front; its cross-attention reads the memory apart, under its soft-cap.
+A cache of T5Gemma 2 holds the memory and the target of a row, so one softmax goes over both. T5Gemma reads the memory
+apart, by cross-attention under its soft-cap. The G heads of a key are rows of one product: keys are read once. What is
+kept of them, float32 or int8, is told in `attention.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from encore.config import LayerType, T5GemmaConfig
+from encore.export.attention import Kept, KeptKeys
 from encore.export.encoder import short
-from encore.export.graph import FLOAT, INT32, INT64, OURS, LayerGraph
-from encore.export.manifest import Activations
+from encore.export.graph import FLOAT, INT64, OURS, LayerGraph
+from encore.export.manifest import Activations, CacheKind
 from encore.export.weights import Matrix, WeightsFile
 
 KEY_NORM = "k_norm"
@@ -37,24 +39,33 @@ class MemoryReader:
 
 
 class StepGraph(LayerGraph):
-    def __init__(self, config: T5GemmaConfig, file: WeightsFile, bits: int | None, activations: Activations) -> None:
+    def __init__(
+        self,
+        config: T5GemmaConfig,
+        file: WeightsFile,
+        bits: int | None,
+        activations: Activations,
+        cache: CacheKind = "float32",
+    ) -> None:
         super().__init__("step", activations, config.decoder, "decoder.", file, bits)
         self.config = config
+        self.cache: CacheKind = cache
+        self.kept = KeptKeys(self, cache)
         self.merged = config.model_type == "t5gemma2"
         self.readers: list[MemoryReader] = []
 
     def build(self, table: Matrix) -> None:
         """`table`: the vocabulary's matrix, embedding and head."""
         stack, config = self.stack, self.config
-        tokens = self.input("tokens", INT64, ["B", 1])
-        self.input("positions", INT64, ["B", 1])
+        tokens = self.input("tokens", INT64, ["B", "T"])
+        self.input("positions", INT64, ["B", "T"])
         for kind in dict.fromkeys(stack.layer_types):
-            self.input(f"seen_{short(kind)}", INT32, ["B"])
-            self.input(f"total_{short(kind)}", INT32, [])
+            self.input(f"slots_{short(kind)}", INT64, ["B", stack.num_key_value_heads, "T", 3])
+            self.input(f"hidden_{short(kind)}", FLOAT, ["B", 1, "Q", f"L_{short(kind)}"])
             for part in ("cos", "sin"):
                 self.input(f"{part}_{short(kind)}", FLOAT, ["P", stack.head_dim // 2])
         if not self.merged:
-            self.input("hidden", FLOAT, ["B", 1, 1, "S"])
+            self.input("hidden_memory", FLOAT, ["B", 1, 1, "S"])
         vector = None
         if self.merged:
             name = "encoder.embed_tokens.eoi_embedding"
@@ -74,10 +85,10 @@ class StepGraph(LayerGraph):
         cap = config.final_logit_softcapping
         logits = self.softcapped(logits, None if cap is None else self.constant(cap))
         self.node("Identity", logits, output="logits")
-        self.output("logits", FLOAT, ["B", 1, table.num_rows])
+        self.output("logits", FLOAT, ["B", "T", table.num_rows])
 
     def _self_attention(self, h: str, i: int, kind: LayerType) -> str:
-        """Over the cache of the layer, which the node appends to."""
+        """Over the cache of the layer, which the new keys and values are written to first."""
         stack, layer, name = self.stack, f"layers.{i}.", short(kind)
         sizes = {"q_proj": self.query_size, "k_proj": self.key_size, "v_proj": self.key_size}
         matrix = self.matrix(f"{layer}self_attn.", stack.hidden_size, **sizes)
@@ -86,21 +97,15 @@ class StepGraph(LayerGraph):
             self.readers.append(MemoryReader(layer, "self_attn", rows))
         q, k, v = self.split(self.linear(h, matrix), *sizes.values())
         q, k = self.head_norm(q, layer, "self_attn.q_norm"), self.head_norm(k, layer, "self_attn.k_norm")
-        cache = [stack.num_key_value_heads, f"slots_{name}", stack.head_dim]
-        past = [self.input(f"past_{part}_{i}", FLOAT, ["B", *cache]) for part in ("keys", "values")]
-        new = [self.output(f"new_{part}_{i}", FLOAT, ["B", *cache]) for part in ("keys", "values")]
-        inputs = [q, k, v, *past, f"seen_{name}", f"total_{name}", f"cos_{name}", f"sin_{name}", "positions"]
-        out = self.nodes_of(
-            "GroupQueryAttention",
-            inputs,
-            [f"attention_{i}", *new],
-            OURS,
-            num_heads=stack.num_attention_heads,
-            kv_num_heads=stack.num_key_value_heads,
-            scale=self.attention_scale,
-            softcap=stack.attn_logit_softcapping or 0.0,
-            do_rotary=1,
-        )[0]
+        rotation = ["positions", f"cos_{name}", f"sin_{name}"]
+        q, k = (self.node("RotaryEmbedding", part, *rotation, domain=OURS) for part in (q, k))
+        new = self.kept.packed(self.by_key_head(k), self.by_key_head(v))
+        for part, (dtype, width) in self.kept.parts.items():
+            shape = ["B", stack.num_key_value_heads, f"L_{name}", width]
+            past = self.input(f"past_{part}_{i}", dtype, shape)
+            written = self.output(f"new_{part}_{i}", dtype, shape)
+            new[part] = self.node("ScatterND", past, f"slots_{name}", new[part], output=written)
+        out = self._attend(q, new, f"hidden_{name}")
         return self.linear(out, self.matrix(f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size))
 
     def _cross_attention(self, h: str, i: int) -> str:
@@ -111,16 +116,22 @@ class StepGraph(LayerGraph):
             f"{layer}cross_attn.", self.config.encoder.hidden_size, k_proj=self.key_size, v_proj=self.key_size
         )
         self.readers.append(MemoryReader(layer, "cross_attn", matrix))
-        heads = [stack.num_key_value_heads, self.groups, stack.head_dim]
-        q = self.node("Reshape", self.head_norm(q, layer, "cross_attn.q_norm"), self.integers(0, *heads))
-        shape = ["B", stack.num_key_value_heads, "S", stack.head_dim]
-        keys, values = (self.input(f"memory_{part}_{i}", FLOAT, shape) for part in ("keys", "values"))
-        scores = self.node("FusedMatMul", q, keys, domain=OURS, transB=1, alpha=self.attention_scale)
-        cap = stack.attn_logit_softcapping
-        scores = self.softcapped(scores, None if cap is None else self.constant(cap))
-        weights = self.node("Softmax", self.node("Add", scores, "hidden"), axis=-1)
-        out = self.node("Reshape", self.node("MatMul", weights, values), self.integers(0, 1, self.query_size))
+        kept = {
+            part: self.input(f"memory_{part}_{i}", dtype, ["B", stack.num_key_value_heads, "S", width])
+            for part, (dtype, width) in self.kept.parts.items()
+        }
+        out = self._attend(self.head_norm(q, layer, "cross_attn.q_norm"), kept, "hidden_memory")
         return self.linear(out, self.matrix(f"{layer}cross_attn.", self.query_size, o_proj=stack.hidden_size))
+
+    def _attend(self, q: str, kept: Kept, hidden: str) -> str:
+        """Queries (B, T, H x E) over slots (B, K, L, E) -> (B, T, H x E)."""
+        stack = self.stack
+        out = self.kept.attend(self.by_key_head(q, self.groups), kept, hidden)
+        if stack.num_key_value_heads > 1:
+            sizes = [stack.num_key_value_heads, -1, self.groups, stack.head_dim]
+            out = self.node("Reshape", out, self.integers(0, *sizes))
+            out = self.node("Transpose", out, perm=[0, 2, 1, 3, 4])
+        return self.node("Reshape", out, self.integers(0, -1, self.query_size))
 
 
 class MemoryGraph(LayerGraph):
@@ -129,16 +140,15 @@ class MemoryGraph(LayerGraph):
     def __init__(self, step: StepGraph, activations: Activations) -> None:
         super().__init__("memory", activations, step.stack, "decoder.", step.file, step.bits)
         self.readers, self.source_size = step.readers, step.config.encoder.hidden_size
+        self.kept = KeptKeys(self, step.cache)
 
     def build(self) -> None:
         stack = self.stack
         states = self.input("states", FLOAT, ["B", "S", self.source_size])
-        shape = self.integers(0, 0, stack.num_key_value_heads, stack.head_dim)
         for i, reader in enumerate(self.readers):
             k, v = self.split(self.linear(states, reader.keys_values), self.key_size, self.key_size)
             k = self.head_norm(k, reader.layer, f"{reader.attention}.{KEY_NORM}")
-            for part, value in (("keys", k), ("values", v)):
-                heads = self.node("Reshape", value, shape)
-                self.node("Transpose", heads, perm=[0, 2, 1, 3], output=f"memory_{part}_{i}")
-                sizes = ["B", stack.num_key_value_heads, "S", stack.head_dim]
-                self.output(f"memory_{part}_{i}", FLOAT, sizes)
+            packed = self.kept.packed(self.by_key_head(k), self.by_key_head(v))
+            for part, (dtype, width) in self.kept.parts.items():
+                self.node("Identity", packed[part], output=f"memory_{part}_{i}")
+                self.output(f"memory_{part}_{i}", dtype, ["B", stack.num_key_value_heads, "S", width])

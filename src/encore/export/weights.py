@@ -1,19 +1,14 @@
-"""A checkpoint's matrices -> one file, as float32 or in packed blocks of int8 or int4. No torch.
+"""A checkpoint's matrices -> one file, as float32 or in packed blocks of int8 or int4 (`quantize/blocks.py`). No torch.
 
-A block is 32, 64 or 128 numbers of one row that share a float32 scale, rounded to nearest. The scale is the number of
-largest magnitude / -2^(bits-1), sign included, so that this number is met exactly:
-
-    w ~ scale * (q - 2^(bits-1)),   q unsigned, two to a byte at 4 bits (the first in the low half)
-
-which is what ONNX Runtime's MatMulNBits and GatherBlockQuantized read. Rows go through some at a time, so of the
-largest matrix only a slice is ever held.
+Float weights are rounded to nearest here; packed ones (`encore quantize`) are copied as they are. Rows go through some
+at a time, so of the largest matrix only a slice is ever held.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,14 +19,13 @@ from numpy.typing import NDArray
 
 from encore.checkpoint.folder import TensorInfo, read_folder, same_bytes
 from encore.checkpoint.names import our_name
+from encore.checkpoint.packing import is_packed_matrix, packing, scales_name
 from encore.config import T5GemmaConfig
 from encore.export import ExportError
+from encore.quantize.blocks import dequantise, quantise
+from encore.quantize.tensors import float_rows
 
 ALIGNMENT = 4096
-SLICE_NUMBERS = 1 << 22
-"""Numbers of a matrix that are in memory at a time: 16 MiB in float32."""
-
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -75,38 +69,29 @@ class Matrix:
         return replace(self, name=name, num_rows=stop - start, values=part(self.values), scales=scales)
 
 
-def quantise(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Packed blocks (N, blocks, bytes) and scales (N, blocks) of a matrix (N, K); a last block is filled with zeros."""
-    num_rows, num_columns = weight.shape
-    num_blocks = -(-num_columns // block_size)
-    if num_blocks * block_size > num_columns:
-        weight = np.pad(weight, ((0, 0), (0, num_blocks * block_size - num_columns)))
-    blocks = weight.reshape(num_rows, num_blocks, block_size)
-    half = 1 << (bits - 1)
-    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2, keepdims=True), axis=2)
-    scales = np.where(np.abs(largest) < _TINY, np.float32(0), largest / np.float32(-half)).astype(np.float32)
-    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = (np.clip(np.rint(blocks * inverse), -half, half - 1) + half).astype(np.uint8)
-    if bits == 4:
-        codes = (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
-    return codes, scales[..., 0]
+@dataclass(frozen=True)
+class RowMatrix:
+    """A matrix (rows, columns) in the weights file, transposed, int8 in -63 … 63, with a scale for each row."""
+
+    name: str
+    num_rows: int
+    num_columns: int
+    values: Place
+    scales: Place
 
 
-def dequantise(
-    codes: NDArray[np.uint8], scales: NDArray[np.float32], bits: int, num_columns: int
-) -> NDArray[np.float32]:
-    """What the packed blocks stand for, (N, K)."""
-    if bits == 4:
-        codes = np.stack((codes & 15, codes >> 4), axis=-1).astype(np.uint8).reshape(*codes.shape[:2], -1)
-    numbers = (codes.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
-    return numbers.reshape(len(codes), -1)[:, :num_columns]
+ROW_LEVELS = 63
+"""7 bits, so that pairs of products with uint8 stay below 2^15, in which processors without VNNI add them up."""
 
 
 class StoredWeights:
-    """The tensors of a checkpoint folder by our names, as float32. Raises ExportError that names tensor and file."""
+    """The tensors of a checkpoint folder by our names. Raises ExportError that names tensor and file."""
 
-    def __init__(self, folder: Path, config: T5GemmaConfig) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, config: T5GemmaConfig, advance: Callable[[int], object] = lambda num_bytes: None
+    ) -> None:
+        """`advance` is told the bytes of matrices that were read."""
+        self.folder, self.packing, self.advance = folder, packing(config), advance
         self._infos: dict[str, TensorInfo] = {}
         copies: list[tuple[str, TensorInfo]] = []
         for public, info in read_folder(folder).items():
@@ -127,7 +112,25 @@ class StoredWeights:
         return next(self.slices(name, (size,)))
 
     def slices(self, name: str, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
-        """The tensor, some rows at a time."""
+        """The tensor as float32, some rows at a time."""
+        info = self._info(name, shape)
+        for rows in float_rows(info):
+            if len(shape) > 1:
+                self.advance(len(rows) * info.num_bytes // shape[0])
+            yield rows
+
+    def bytes_of(self, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """The bytes of a tensor where they lie, mapped."""
+        info = self._info(name, shape)
+        self.advance(info.num_bytes)
+        return info.map()
+
+    def num_bytes(self, *sides: str) -> int:
+        """Of the matrices whose names begin with one of these, pictures' apart."""
+        matrices = (name for name in self._infos if is_packed_matrix(name.replace(".scales", ".weight")))
+        return sum(self._infos[name].num_bytes for name in matrices if name.startswith(sides))
+
+    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._infos.get(name)
         if info is None:
             raise ExportError(f"{self.folder} lacks the tensor {name}; it is no whole checkpoint of its config.json")
@@ -135,25 +138,7 @@ class StoredWeights:
             raise ExportError(
                 f"{info.path}: tensor {info.name} has shape {list(info.shape)}, config.json makes it {list(shape)}"
             )
-        data = info.map()
-        num_rows, *rest = shape
-        width = info.num_bytes // num_rows
-        step = max(1, SLICE_NUMBERS // max(1, math.prod(rest))) if rest else num_rows
-        for start in range(0, num_rows, step):
-            rows = min(step, num_rows - start)
-            numbers = _as_float32(np.array(data[start * width : (start + rows) * width]), info)
-            if not np.isfinite(numbers).all():
-                raise ExportError(f"{info.path}: tensor {info.name} holds numbers that are not finite")
-            yield numbers.reshape(rows, *rest)
-
-
-def _as_float32(data: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.float32]:
-    if info.dtype == "BF16":
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    if info.dtype not in kinds:
-        raise ExportError(f"{info.path}: tensor {info.name} is stored as {info.dtype}; expected BF16 or a float")
-    return data.view(kinds[info.dtype]).astype(np.float32)
+        return info
 
 
 @dataclass
@@ -204,6 +189,8 @@ class WeightsFile:
         self.num_weights += num_rows * num_columns
         scales: list[NDArray[np.float32]] = []
         begin = self._align()
+        if bits is not None and self.stored.packing is not None:
+            return self._packed(parts, num_columns, bits)
         for part, rows in parts:
             for weight in self.stored.slices(part, (rows, num_columns)):
                 if bits is None:
@@ -222,6 +209,40 @@ class WeightsFile:
         for scale in scales:
             self._write(scale)
         return Matrix(name, num_rows, num_columns, bits, self.block_size, values, Place(begin, self._end - begin))
+
+    def matrix_by_rows(self, parts: Sequence[tuple[str, int]], num_columns: int) -> RowMatrix:
+        """As `matrix`, with a scale for each row; the whole matrix is held while it is written."""
+        name, num_rows = "+".join(part for part, _ in parts), sum(rows for _, rows in parts)
+        if self.stored.packing is not None:
+            raise ExportError(
+                f"{self.stored.folder} holds weights packed in blocks, which cannot get a scale for each row; "
+                "export the checkpoint that it was made of, or choose activations int8"
+            )
+        slices = [piece for part, rows in parts for piece in self.stored.slices(part, (rows, num_columns))]
+        weight = np.concatenate(slices)
+        scales = np.maximum(np.abs(weight).max(axis=1) / np.float32(ROW_LEVELS), np.float32(1e-20))
+        levels = np.rint(weight / scales[:, None]).astype(np.int8)
+        difference = levels * scales[:, None] - weight
+        self.errors[name] = Error(float(np.vdot(difference, difference)), float(np.vdot(weight, weight)))
+        self.num_weights += weight.size
+        begin = self._align()
+        self._write(levels.T)
+        values, begin = Place(begin, self._end - begin), self._align()
+        self._write(scales)
+        return RowMatrix(name, num_rows, num_columns, values, Place(begin, self._end - begin))
+
+    def _packed(self, parts: Sequence[tuple[str, int]], num_columns: int, bits: int) -> Matrix:
+        """`matrix`, of a folder that holds packed weights: copied as they are."""
+        num_rows, blocks = sum(rows for _, rows in parts), -(-num_columns // self.block_size)
+        begin = self._end
+        for part, rows in parts:
+            self._write(self.stored.bytes_of(part, (rows, blocks, self.block_size * bits // 8)))
+        values = Place(begin, self._end - begin)
+        begin = self._align()
+        for part, rows in parts:
+            self._write(self.stored.bytes_of(scales_name(part), (rows, blocks)))
+        name, scales = "+".join(part for part, _ in parts), Place(begin, self._end - begin)
+        return Matrix(name, num_rows, num_columns, bits, self.block_size, values, scales)
 
     def _align(self) -> int:
         padding = bytes(-self._end % ALIGNMENT)

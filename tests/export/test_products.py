@@ -1,0 +1,155 @@
+"""Packed products against a slow oracle, one by one, from the activations that the graph itself has there.
+
+Activations are rounded to int8 in blocks before they are multiplied. Where one lies at the middle between two levels,
+the last bit of float32 decides, and everything that reads the product differs a little: compared from end to end, a
+position may be 5 % apart (`test_graphs.py`). Each product by itself has no such excuse, and what lies between the
+products is the float32 graph's, which is compared there with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+from safetensors.numpy import load_file
+
+from encore.export import ExportError
+from encore.export.folder import export
+from encore.export.graph import FLOAT
+from encore.generate.onnx_backend import OnnxModel
+from encore.generate.onnx_cache import OnnxCache
+from encore.generate.onnx_inputs import encoder_feeds
+from encore.quantize.blocks import dequantise, in_blocks
+
+from .conftest import KINDS, WINDOW
+
+
+def draw(*lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(sum(lengths))
+    return [rng.integers(3, 61, length).tolist() for length in lengths]
+
+
+class Watched:
+    """A graph of a folder that also gives what goes into its packed products and what comes out."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        model = onnx.load(folder / f"{part}.onnx", load_external_data=False)
+        self.folder, self.nodes = folder, [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+        self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.names = list(dict.fromkeys(name for node in self.nodes for name in (node.input[0], node.output[0])))
+        known = {value.name for value in (*model.graph.output, *model.graph.input)}
+        values = [helper.make_tensor_value_info(name, FLOAT, None) for name in self.names if name not in known]
+        model.graph.output.extend(values)
+        path = folder / f"watched_{part}.onnx"  # beside the weights, which it names
+        onnx.save(model, path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        self.session = onnxruntime.InferenceSession(path, options)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        given = {value.name for value in self.session.get_inputs()}
+        fed = {name: array for name, array in feeds.items() if name in given}
+        wanted = [name for name in self.names if name not in fed]
+        return fed | dict(zip(wanted, map(np.asarray, self.session.run(wanted, fed)), strict=True))
+
+    def matrix(self, node: onnx.NodeProto, bits: int, num_columns: int) -> NDArray[np.float32]:
+        """What the packed matrix of a product stands for, (N, K)."""
+        arrays: list[NDArray[Any]] = []
+        for name, dtype in zip(node.input[1:3], (np.uint8, np.float32), strict=True):
+            place = {entry.key: entry.value for entry in self.stored[name].external_data}
+            data = (self.folder / place["location"]).read_bytes()[int(place["offset"]) :][: int(place["length"])]
+            arrays.append(np.frombuffer(data, dtype).reshape(self.stored[name].dims))
+        return dequantise(arrays[0], arrays[1], bits, num_columns)
+
+    def worst(self, values: Mapping[str, NDArray[Any]]) -> float:
+        """The largest relative error of a product's row."""
+        found = 0.0
+        for node in self.nodes:
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            x = values[node.input[0]].reshape(-1, sizes["K"])
+            matrix = self.matrix(node, sizes["bits"], sizes["K"])
+            expected = rounded(x, sizes["block_size"]) @ matrix.T.astype(np.float64)
+            difference = np.linalg.norm(values[node.output[0]].reshape(expected.shape) - expected, axis=1)
+            found = max(found, float((difference / np.linalg.norm(expected, axis=1)).max()))
+        return found
+
+
+def rounded(x: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
+    """Rounded to int8 in blocks, by the same float32 operations as the kernel's."""
+    blocks = in_blocks(x, block_size)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    return (np.rint(blocks * inverse) * scale).reshape(len(x), -1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(["weights", "block_size"], [("int8", 128), ("int8", 32), ("int4", 32), ("int4", 128)])
+def test_every_product_of_every_graph(exported: Callable, kind: str, weights: str, block_size: int) -> None:
+    _, graphs = exported(kind, weights, block_size=block_size)
+    assert isinstance(graphs, OnnxModel)
+    folder, sources = graphs.manifest.folder, draw(WINDOW, 2 * WINDOW + 1)
+    encoder, memory, step = (Watched(folder, part) for part in ("encoder", "memory", "step"))
+    config, states = graphs.config, graphs.encode(sources)
+    assert encoder.worst(encoder.run(encoder_feeds(config, sources))) < 1e-3
+    assert memory.worst(memory.run({"states": states.states})) < 1e-3
+    cache = graphs.make_cache(states, 8, 3)
+    watched = OnnxCache(config, step.session, states.lengths, 8, 3)
+    watched.buffers = cache.buffers
+    targets = np.array(draw(3, 3))
+    watched.advance(targets)
+    inputs = watched._steps[3].inputs
+    watched._steps[3].prepare(targets)
+    assert step.worst(step.run(inputs)) < 1e-3
+    layers = len(config.decoder.layer_types)
+    assert len(step.nodes) >= 4 * layers + 1 and len(memory.nodes) == layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_by_rows(exported: Callable, make: Callable, tmp_path: Path, kind: str) -> None:
+    """One scale per token and per row of the matrix: the graph against numpy, and both near the exact states."""
+    _, graphs = exported(kind, "int8", activations="int8-rows")
+    (_, exact), (_, blocks) = exported(kind), exported(kind, "int8")
+    folder, sources = graphs.manifest.folder, draw(WINDOW, 4 * WINDOW)
+    model = onnx.load(folder / "encoder.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(nodes) == 4 * graphs.config.encoder.num_hidden_layers
+    by_output = {node.output[0]: node for node in model.graph.node}
+    inputs = [by_output[by_output[node.input[0]].input[0]].input[0] for node in nodes]
+    outputs = [next(n.output[0] for n in model.graph.node if node.output[0] in n.input) for node in nodes]
+    known = {value.name for value in model.graph.output}
+    names = [name for name in dict.fromkeys([*inputs, *outputs]) if name not in known]
+    model.graph.output.extend(helper.make_tensor_value_info(name, FLOAT, None) for name in names)
+    onnx.save(model, folder / "watched_rows.onnx")
+    session = onnxruntime.InferenceSession(folder / "watched_rows.onnx")
+    values = dict(zip(names, map(np.asarray, session.run(names, encoder_feeds(graphs.config, sources))), strict=True))
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def array(name: str, dtype: type[np.generic]) -> NDArray[Any]:
+        place = {entry.key: entry.value for entry in stored[name].external_data}
+        data = (folder / place["location"]).read_bytes()[int(place["offset"]) :][: int(place["length"])]
+        return np.frombuffer(data, dtype).reshape(stored[name].dims)
+
+    tensors = load_file(make(kind)[1] / "model.safetensors")
+    for node, before, after in zip(nodes, inputs, outputs, strict=True):
+        levels, scales = array(node.input[1], np.int8), array(node.input[3], np.float32)
+        parts = node.input[1].removesuffix(".rows").split("+")
+        weight = np.concatenate([tensors[f"model.{part}"] for part in parts])
+        assert np.abs(levels).max() == 63
+        assert (np.abs(levels.T * scales[:, None] - weight) <= 0.501 * scales[:, None]).all()
+        x = values[before].reshape(-1, len(levels))
+        scale = np.maximum(np.abs(x).max(axis=1, keepdims=True) * np.float32(1 / 127), 1e-20)
+        expected = np.rint(x / scale) * scale @ (levels * scales).astype(np.float64)
+        difference = np.linalg.norm(values[after].reshape(expected.shape) - expected, axis=1)
+        assert (difference / np.linalg.norm(expected, axis=1)).max() < 1e-3
+    states = [graph.encode(sources).states[1] for graph in (exact, blocks, graphs)]
+    errors = [np.linalg.norm(found - states[0]) / np.linalg.norm(states[0]) for found in states[1:]]
+    assert 0 < errors[0] < errors[1] < 0.06
+    with pytest.raises(ExportError, match="int8-rows, which asks for layers of 8 bits; weights is int4"):
+        export(make(kind)[1], tmp_path / "out", "int4", activations="int8-rows")
