@@ -1,15 +1,19 @@
 """Seconds and peak memory of encoding one long source at the true 270M-270M size with random weights.
 
     python benchmarks/long_context.py --tokens 8192
-    python benchmarks/long_context.py --tokens 8192 --peer transformers     # in a process of its own
+    python benchmarks/long_context.py --tokens 4096,8192,16384              # and how both grow
+    python benchmarks/long_context.py --tokens 32768 --chunk-tokens 4096    # the source in chunks, encoded apart
+    python benchmarks/long_context.py --tokens 8192 --peer transformers
 
-Peak memory is that of the whole process (VmHWM), weights and loading included. `transformers` builds S x S masks and
-grows about fivefold per doubling, so it is refused above 16,384 tokens.
+Each length runs in a process of its own. Peak memory is that of the whole process (VmHWM), weights and loading
+included. Operations per second stand beside those of a plain matrix product, measured in the same process.
+`transformers` builds S x S masks and grows about fivefold per doubling, so it is refused above 16,384 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -28,20 +32,27 @@ def peak_bytes() -> int:
 
 
 @torch.inference_mode()
-def measure(who: str, tokens: int, dtype: torch.dtype) -> dict[str, object]:
+def measure(who: str, tokens: int, dtype: torch.dtype, chunk_tokens: int) -> dict[str, object]:
     """Build the model, encode once, and say what it took."""
     from against_transformers import build_ours, build_theirs, matrix_peak
 
     from encore.config import T5GemmaConfig
+    from encore.generate.chunks import Chunks
+    from encore.generate.encoding import encode_sources
     from encore.presets import preset
 
     config = preset("t5gemma-2-270m-270m")
     assert isinstance(config, T5GemmaConfig)
     source = torch.randint(3, config.encoder.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    length = chunk_tokens or tokens
     if who == "encore":
         model = build_ours(config, dtype)
         start = time.perf_counter()
-        model.encode(source)
+        if chunk_tokens:
+            rows = [row.tolist() for row in source[0].split(chunk_tokens)]
+            assert encode_sources(model.encoder, [Chunks(rows)]).states.shape[1] == tokens
+        else:
+            model.encode(source)
     else:
         peer = build_theirs(config, dtype).get_encoder()
         start = time.perf_counter()
@@ -52,38 +63,57 @@ def measure(who: str, tokens: int, dtype: torch.dtype) -> dict[str, object]:
     linear = 2 * 100_326_016 * tokens
     heads = stack.num_attention_heads * stack.head_dim
     num_global = stack.layer_types.count("full_attention")
-    seen = num_global * tokens + (stack.num_hidden_layers - num_global) * min(tokens, stack.sliding_window)
-    operations = linear + 4 * heads * seen * tokens
+    seen = num_global * length + (stack.num_hidden_layers - num_global) * min(length, stack.sliding_window)
+    operations = (linear + 4 * heads * seen * tokens) / seconds
+    product = matrix_peak(dtype)
     return {
         "who": who,
         "tokens": tokens,
+        **({"chunk_tokens": chunk_tokens} if chunk_tokens else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 2),
         "peak_gigabytes": round(peak / 1e9, 2),
-        "share_of_matrix_peak": round(operations / seconds / matrix_peak(dtype), 3),
+        "gigaflops": round(operations / 1e9, 1),
+        "matrix_product_gigaflops": round(product / 1e9, 1),
+        "share_of_matrix_peak": round(operations / product, 3),
     }
+
+
+def growth(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Between neighbouring lengths of one program: how many times the tokens, the seconds, the memory."""
+    pairs = [(a, b) for a, b in itertools.pairwise(rows) if a["who"] == b["who"]]
+    names = ("tokens", "seconds", "peak_gigabytes")
+    return [{"who": a["who"], **{f"times_{name}": round(b[name] / a[name], 2) for name in names}} for a, b in pairs]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", default="8192", help="one length, or several with commas between")
+    parser.add_argument("--chunk-tokens", type=int, default=0, help="encode in chunks of so many tokens; 0: whole")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--peer", choices=["transformers"])
-    parser.add_argument("--who", default="encore", choices=["encore", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--who", choices=["encore", "transformers"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if "transformers" in (args.peer, args.who) and args.tokens > PEER_LIMIT:
-        raise SystemExit(f"transformers would not fit at {args.tokens} tokens; measure it at {PEER_LIMIT} or fewer")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.peer:
-        base = [sys.executable, __file__, "--tokens", str(args.tokens), "--dtype", args.dtype]
-        base += ["--threads", str(args.threads)]
-        for who in ("encore", "transformers"):
-            subprocess.run([*base, "--who", who], check=True)
+    lengths = sorted(int(text) for text in args.tokens.split(","))
+    if "transformers" in (args.peer, args.who) and lengths[-1] > PEER_LIMIT:
+        raise SystemExit(f"transformers would not fit at {lengths[-1]} tokens; measure it at {PEER_LIMIT} or fewer")
+    if args.who:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        print(json.dumps(measure(args.who, lengths[0], getattr(torch, args.dtype), args.chunk_tokens)))
         return
-    print(json.dumps(measure(args.who, args.tokens, getattr(torch, args.dtype))))
+    rows: list[dict[str, float]] = []
+    for who in ("encore", args.peer) if args.peer else ("encore",):
+        for tokens in lengths:
+            command = [sys.executable, __file__, "--who", who, "--tokens", str(tokens), "--dtype", args.dtype]
+            command += ["--threads", str(args.threads), "--chunk-tokens", str(args.chunk_tokens)]
+            line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+            print(line, flush=True)
+            rows.append(json.loads(line))
+    for row in growth(rows):
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

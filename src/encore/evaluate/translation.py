@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import sacrebleu
 
-from encore.generate.decoding import Model, generate
+from encore.generate.batch import generate
+from encore.generate.decoding import Model
 from encore.generate.padding import by_length
 from encore.generate.sampling import SamplingSettings
 from encore.tokenizer import Tokenizer
