@@ -17,7 +17,10 @@ import typer
 from encore import __version__
 
 # In the order of `encore --help`.
-GROUPS = ("demo", "generate", "info", "adapt", "train", "runs", "export")
+GROUPS = (
+    *("demo", "generate", "info", "adapt", "train", "distill", "data", "runs"),
+    *("evaluate", "quantize", "export", "bench"),
+)
 
 app = typer.Typer(
     name="encore",
@@ -47,6 +50,24 @@ for group in GROUPS:
     importlib.import_module(f"encore.cli.{group}").register(app)
 
 
+EXTRAS = {
+    **dict.fromkeys(("torch", "jaxtyping", "matplotlib", "sacrebleu", "safetensors"), "train"),
+    "onnx": "export",
+}
+"""Which extra of the package brings a library that exported models run without."""
+
+
+def absent_library(error: Exception) -> str | None:
+    """What to install, where a library of an extra is missing; None for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if name not in EXTRAS:
+        return None
+    return (
+        f"this needs {name}, which is not installed; install it with: pip install 'encore-lm[{EXTRAS[name]}]' "
+        "(exported models generate, score and embed without it)"
+    )
+
+
 def is_users_to_mend(error: Exception) -> bool:
     """Whether the message alone helps: the input, the file system or a condition with a name, not a defect of ours."""
     return isinstance(error, ValueError | OSError) or type(error).__module__.partition(".")[0] == "encore"
@@ -57,8 +78,9 @@ def main() -> None:
     try:
         app(prog_name="encore")
     except Exception as error:
-        if os.environ.get("ENCORE_DEBUG") == "1" or not is_users_to_mend(error):
+        absent = absent_library(error)
+        if os.environ.get("ENCORE_DEBUG") == "1" or not (absent or is_users_to_mend(error)):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = absent or " ".join(str(error).split()) or type(error).__name__
         print(f"encore: error: {message}", file=sys.stderr)
         sys.exit(2)

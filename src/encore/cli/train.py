@@ -1,9 +1,14 @@
-"""`encore pretrain` and `encore tune`: a recipe, a run folder, and changes by `--set key=value`."""
+"""`encore pretrain` and `encore tune`: a recipe, a run folder, and changes by `--set key=value`.
+
+Under torchrun each process runs the verb; the first one alone prints the result.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -134,13 +139,19 @@ def _folder(out: Path | None, recipe: Path | None, verb: str) -> Path:
 
 
 def _run(run: Callable[[Path], RunResult], folder: Path, as_json: bool) -> None:
+    from encore.train.parallel import ProcessLost
     from encore.train.signals import Interrupted
 
     try:
         result = run(folder)
+    except ProcessLost as lost:
+        print(f"encore: error: {lost}", file=sys.stderr, flush=True)
+        os._exit(2)  # what is open waits for the process that is gone
     except Interrupted as stopped:
         typer.echo(f"encore: {stopped}", err=True)
         raise typer.Exit(stopped.exit_code) from None
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         fields = dataclasses.asdict(result)
         typer.echo(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}))
