@@ -1,0 +1,32 @@
+"""Encoding on a CPU: exported Encore graphs (and our torch path) beside every peer that is installed, in one run.
+
+    python benchmarks/cpu_encode.py --quick                        # 270M-270M, batch 1, 512 source tokens
+    python benchmarks/cpu_encode.py --json rows.json               # 128, 512, 2,048 and 8,192 source tokens
+
+Told in cpu_generate.py: processes that take turns, random weights, --python. For llama.cpp, without an encoder of this
+kind, the peer's value is its prompt speed on Gemma 3 of the same layers. `limit` is the stack's products alone at the
+matrix peak measured in the same run (int8 or float32, whichever is faster here).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from cpu_generate import matrix_peak, parser_for, run, stack_weights
+
+
+def main() -> None:
+    parser = parser_for(__doc__, "128,512,2048,8192", "1")
+    parser.set_defaults(ours="encore int8,encore int4,encore float32")
+    args = parser.parse_args()
+    peak = matrix_peak(args.threads)
+    print(f"{args.threads} threads, {peak / 1e9:.0f} G operations/s in matrix products", file=sys.stderr)
+
+    def limit(size: str, weights: str, batch: int, source: int) -> float:
+        return peak / (2 * stack_weights(size))
+
+    run(args, "encode", limit)
+
+
+if __name__ == "__main__":
+    main()
