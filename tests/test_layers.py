@@ -26,7 +26,7 @@ WITHOUT_TORCH = (
     "encore.presets",
     "encore.tokenizer",
 )
-MAY_BE_DISTRIBUTED = {"train/parallel.py", "train/loop.py", "checkpoint/training.py"}
+MAY_BE_DISTRIBUTED = {"train/parallel.py", "train/tensor_parallel.py", "checkpoint/sharded.py"}
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "core", "base", "misc"}
 MAX_LINES = 400
 

@@ -7,9 +7,10 @@ import torch
 
 import encore
 from encore import assets
+from encore.data.examples import causal
 from encore.data.pipeline import WindowBatches as Batches
-from encore.data.pipeline import Windows, causal
 from encore.data.sources import token_stream
+from encore.data.windows import Windows
 from encore.evaluate.translation import SentencePair, evaluate_translation
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma

@@ -102,3 +102,29 @@ def test_errors_are_one_line(
 def test_the_command_imports_no_torch_before_it_runs() -> None:
     code = "import sys, encore.cli.adapt; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_variants_and_depth_by_options(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--attention", "separate", "--separate-embeddings", "--cross-attention-on", "global")
+    options += ("--causal-encoder", "--encoder-layers", 3, "--decoder-layers", "1,")
+    assert encore(monkeypatch, "adapt", source, tmp_path / "out", *options) == 0
+    assert "its model_type is encore_t5gemma" in capsys.readouterr().out
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw["model_type"] == "encore_t5gemma" and raw["family"] == "t5gemma2"
+    assert (raw["attention"], raw["tied_embeddings"], raw["cross_attention_layers"]) == (
+        "separate",
+        False,
+        "full_attention",
+    )
+    assert (raw["causal_encoder"], raw["shared_stack"]) == (True, False)
+    assert raw["encoder"]["text_config"]["num_hidden_layers"] == 3 and raw["decoder"]["num_hidden_layers"] == 1
+    provenance = json.loads((tmp_path / "out/encore_adaptation.json").read_text())
+    assert provenance["options"]["attention"] == "separate"
+    assert provenance["layers"]["encoder"]["rule"] == "evenly spaced"
+    assert encore(monkeypatch, "adapt", source, tmp_path / "shared", "--shared-stack", "--tied-embeddings") == 0
+    assert json.loads((tmp_path / "shared/config.json").read_text())["shared_stack"] is True
+    capsys.readouterr()
+    assert encore(monkeypatch, "adapt", source, tmp_path / "none", "--encoder-layers", "two") == 2
+    assert "--encoder-layers is 'two'" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import encore
-from encore.data.pipeline import TokenPair, pair_row
+from encore.data.examples import TokenPair, pair_row
 from encore.generate.text import TextGenerator
 from encore.model.gemma import Gemma
 from encore.model.t5gemma import T5Gemma
