@@ -12,6 +12,7 @@ source in its context, and "encode" is reading a prompt.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -239,6 +240,7 @@ def our_checkpoint(size: str, folder: Path) -> Path:
 
         config = preset(SIZES[size]["preset"])
         assert isinstance(config, T5GemmaConfig)
+        config = dataclasses.replace(config, vision=None)  # text alone
         with torch.device("meta"):
             model = encore.T5Gemma(config)
         model = model.to(torch.bfloat16).to_empty(device="cpu")

@@ -110,3 +110,31 @@ def test_train_speed(tmp_path: Path) -> None:
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
         assert row["ratio"] > 0 and 0 < row["utilisation"] < 1 and row["peak_gigabytes"] > 0.1
+
+
+def test_first_token(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = ["--size", "small-small", "--runs", "1", "--folder", str(tmp_path / "models"), "--json", str(out)]
+    command = [sys.executable, str(SCRIPTS / "first_token.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads(out.read_text())
+    assert (short["source_words"], long["source_words"]) == (2, 32)
+    for row in (short, long):
+        assert 0 < row["fastest"] <= row["first"] <= row["end"] and row["cpu"] > 0
+        assert {"load tokenizer", "open encoder", "open step", "first step"} < row["stages"].keys()
+    tokenizer = json.loads((tmp_path / "models" / "t5gemma-2-small-small-int8" / "tokenizer.json").read_text())
+    assert len(tokenizer["model"]["vocab"]) == 6_144
+
+
+def test_cpu_generate_beside_transformers(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    command = [sys.executable, str(SCRIPTS / "cpu_generate.py"), "--size", "small-small", "--folder", str(tmp_path)]
+    command += ["--source", "32", "--batch", "1", "--rounds", "1", "--threads", "1", "--target", "5"]
+    command += ["--ours", "encore int8", "--peers", "transformers float32,llama.cpp Q8_0", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (row,) = [row for row in json.loads(out.read_text()) if row["peer"] == "transformers float32"]
+    assert (row["work"], row["size"], row["weights"], row["batch"]) == ("decode", "small-small", "int8", 1)
+    assert row["ratio"] == row["ours"] / row["peer_value"] and 0 < row["share_of_limit"] < 1.5
+    assert "llama.cpp Q8_0: not installed" in done.stderr or len(json.loads(out.read_text())) == 2

@@ -40,12 +40,19 @@ class JsonBackend:
             raise ValueError(f"{path} is not a readable tokenizer.json ({error}); fetch or save it again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.size = self._find_size()
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, content in added.items() if content.special)
         self.strip_space: bool
         self.escapes: Mapping[str, str]
         self.strip_space, self.escapes = self._read_decoder(path)
+
+    def _find_size(self) -> int:
+        """The largest id + 1. Without gaps it is the number of pieces, which spares a dictionary of them all."""
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if all(self._tokenizer.id_to_token(token) is not None for token in range(size)):
+            return size
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def _read_decoder(self, path: Path) -> tuple[bool, dict[str, str]]:
         """Accept Gemma's decoder (U+2581 to space, byte fallback), with literal replacements at the end."""

@@ -136,7 +136,6 @@ def generate(
     from encore.generate.beam import BeamSettings
     from encore.generate.drafts import DraftSettings
     from encore.generate.text import TextGenerator
-    from encore.images import PanAndScan, load_picture
 
     if beams is None and (beam_returns, length_penalty) != (1, 1.0):
         raise ValueError("--length-penalty and --beam-returns are for beam search; give --beams too")
@@ -149,11 +148,15 @@ def generate(
         drafts = DraftSettings(model=drafter)
     elif draft:
         drafts = DraftSettings()
-    pictures = [load_picture(path) for path in image or ()]
+    pictures, crops = [], None
+    if image or pan_and_scan:  # Pillow takes a moment to import
+        from encore.images import PanAndScan, load_picture
+
+        pictures, crops = [load_picture(path) for path in image or ()], PanAndScan() if pan_and_scan else None
     generator = TextGenerator.load(
         model,
         vision=bool(pictures),
-        pan_and_scan=PanAndScan() if pan_and_scan else None,
+        pan_and_scan=crops,
         **how_to_run(model, device, dtype, threads),
         chat=chat,
         max_source_tokens=max_source_tokens,
