@@ -196,7 +196,7 @@ def test_calibration_reads_real_text_and_helps(tiny: Path, tmp_path: Path, monke
     quantize(tiny, tmp_path / "nearest", "int4")
     monkeypatch.setattr(calibrate.Calibration.__init__, "__kwdefaults__", {"budget": 1})  # a group for each matrix
     quantize(tiny, tmp_path / "layers", "int4", **options)
-    tokenizer, held_out = encore.load_tokenizer(tiny), list(assets.read_jsonl("pairs/test.jsonl"))[:30]
+    tokenizer, held_out = encore.load_tokenizer(tiny), list(assets.read_jsonl("pairs/test.jsonl"))[:15]
 
     def error(name: str) -> float:
         exact, model = encore.load(tiny), encore.load(tmp_path / name)

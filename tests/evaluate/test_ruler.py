@@ -54,15 +54,15 @@ def test_examples_are_as_long_as_asked(task: str, counter, length: int) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_seed_decides(task: str) -> None:
     length = 2600 if task == "cwe" else 800
-    one, again, other = make(task, length, 2), make(task, length, 2), make(task, length, 2, seed=1)
+    one, again, other = make(task, length, 2), make(task, length, 2), make(task, length, 1, seed=1)
     assert one == again
-    assert len({example.prompt for example in [*one, *other]}) == 4
+    assert len({example.prompt for example in [*one, *other]}) == 3
 
 
 @pytest.mark.parametrize("task", list(NIAH))
 def test_each_key_asked_for_has_its_values(task: str) -> None:
     form = NIAH[task]
-    (example,) = make(task, 1500)
+    (example,) = make(task, 1200)
     text = example.prompt.removesuffix(example.question)
     needles = re.findall(r"The special magic \w+ for ([\w-]+) is: ([\w-]+)\.", text)
     by_key = collections.defaultdict(list)

@@ -204,12 +204,18 @@ def test_one_product_rounds_its_input_to_int8(size: int, bits: int, block_size: 
     assert np.abs(x @ weight.T - expected).max() > 1e-3 * np.abs(expected).max()
 
 
-CASES = [("int8", 32), ("int8", 64), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128), ("int8-head-int4", 32)]
+CASES = [
+    *(("t5gemma2", weights, block_size) for weights in ("int8", "int4") for block_size in (32, 64, 128)),
+    ("t5gemma2", "int8-head-int4", 32),
+    ("t5gemma", "int8", 128),
+    ("t5gemma", "int4", 32),
+    ("t5gemma-unbalanced", "int8", 32),
+    ("t5gemma-unbalanced", "int4", 128),
+]
 
 
 @pytest.mark.parametrize("activations", ["float32", "int8"])
-@pytest.mark.parametrize(["weights", "block_size"], CASES)
-@each_kind
+@pytest.mark.parametrize(["kind", "weights", "block_size"], CASES)
 def test_packed_weights_are_the_oracle(
     exported: Callable, kind: str, weights: str, block_size: int, activations: str
 ) -> None:

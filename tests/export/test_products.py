@@ -89,8 +89,16 @@ def rounded(x: NDArray[np.float32], block_size: int) -> NDArray[np.float32]:
     return (np.rint(blocks * inverse) * scale).reshape(len(x), -1)[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(["weights", "block_size"], [("int8", 128), ("int8", 32), ("int4", 32), ("int4", 128)])
+@pytest.mark.parametrize(
+    ["kind", "weights", "block_size"],
+    [
+        *(("t5gemma2", weights, block_size) for weights in ("int8", "int4") for block_size in (32, 128)),
+        ("t5gemma", "int8", 128),
+        ("t5gemma", "int4", 32),
+        ("t5gemma-unbalanced", "int8", 32),
+        ("t5gemma-unbalanced", "int4", 128),
+    ],
+)
 def test_every_product_of_every_graph(exported: Callable, kind: str, weights: str, block_size: int) -> None:
     _, graphs = exported(kind, weights, block_size=block_size)
     assert isinstance(graphs, OnnxModel)

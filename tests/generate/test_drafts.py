@@ -65,7 +65,7 @@ class Guessing:
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 def test_any_draft_gives_the_same_target(tiny: Callable, kind: str, drawn: bool, monkeypatch) -> None:
     model = tiny(kind)
-    rows = sources(16, seed=1)
+    rows = sources(10, seed=1)
     settings = [
         dataclasses.replace(
             GREEDY,
@@ -87,14 +87,9 @@ def test_any_draft_gives_the_same_target(tiny: Callable, kind: str, drawn: bool,
 
 @each_kind
 def test_copied_drafts_over_many_random_sources(tiny: Callable, kind: str) -> None:
-    model, parted, accepted = tiny(kind), 0, 0
-    for seed in range(2):
-        rows = sources(40, seed=seed)
-        expected = generate(model, rows, GREEDY)
-        ours = generate(model, rows, GREEDY, drafts=DraftSettings(max_tokens=5, ngram=2, adaptive=False))
-        parted += same(ours, expected)
-        accepted += sum(g.accepted for g in ours)
-    assert parted <= 2 and accepted > 0
+    model, rows = tiny(kind), sources(40)
+    ours = generate(model, rows, GREEDY, drafts=DraftSettings(max_tokens=5, ngram=2, adaptive=False))
+    assert same(ours, generate(model, rows, GREEDY)) <= 1 and sum(g.accepted for g in ours) > 0
 
 
 def test_a_small_model_drafts(tiny: Callable) -> None:

@@ -43,7 +43,7 @@ def requests(count: int, seed: int = 0, longest: int = 20) -> list[tuple[list[in
 @each_kind
 def test_rows_join_and_leave_at_any_step(tiny: Callable, kind: str) -> None:
     model = tiny(kind)
-    asked = requests(14, seed=1)
+    asked = requests(10, seed=1)
     alone = [generate(model, [source], settings)[0].tokens for source, settings in asked]
     scheduler = Scheduler(model.config, make_rows(model, Size(5, 20, 4 * WINDOW)), 5, encode_tokens=30)
     rng, left, jobs, sizes = np.random.default_rng(0), list(asked), [], set()

@@ -81,7 +81,7 @@ def test_drafts_change_nothing(pair: Callable[..., Pair], kind: str) -> None:
     _, graphs = pair(kind)
     accepted = parted = 0
     for seed in range(2):
-        rows = sources(25, seed=seed)
+        rows = sources(15, seed=seed)
         expected = generate(graphs, rows, GREEDY)
         for ours, alone in zip(generate(graphs, rows, GREEDY, drafts=COPIES), expected, strict=True):
             accepted += ours.accepted
@@ -120,7 +120,7 @@ def test_quantised_graphs_part_only_within_their_noise(pair: Callable[..., Pair]
     """How far a step over several tokens is from steps over one is measured; targets part only where that decides."""
     _, graphs = pair("t5gemma2", weights)
     noise, gaps = 0.0, []
-    for source in sources(12, seed=3):
+    for source in sources(8, seed=3):
         (expected,) = generate(graphs, [source], GREEDY)
         (ours,) = generate(graphs, [source], GREEDY, drafts=COPIES)
         single, several = (make_rows(graphs, Size(1, 20, 40, 8)) for _ in range(2))

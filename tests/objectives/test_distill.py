@@ -117,7 +117,7 @@ def test_gradients_by_finite_differences(k: int | None) -> None:
         return distillation(states, head, *arguments, temperature=2.0, alpha=0.6, chunk_tokens=3)[0]
 
     states, head = problem.states[:7].detach().requires_grad_(), problem.head.detach().requires_grad_()
-    assert torch.autograd.gradcheck(loss, (states, head))
+    assert torch.autograd.gradcheck(loss, (states, head), fast_mode=True)  # along random directions
 
 
 def test_a_student_that_is_the_teacher_loses_nothing_and_learns_nothing() -> None:
