@@ -19,7 +19,7 @@ TEXTS = ["Anna Meier lives in Berlin at 12 Hauptstrasse.", "Why?"]
 
 
 def run(*arguments: str) -> list[dict[str, Any]]:
-    command = ["generate", "--json", "--max-target-tokens", "24", *arguments, *TEXTS]
+    command = ["generate", "--model", "translator", "--json", "--max-target-tokens", "24", *arguments, *TEXTS]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]

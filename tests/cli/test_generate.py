@@ -10,6 +10,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -343,6 +344,7 @@ def test_a_closed_pipe_ends_quietly_and_ctrl_c_with_130(folder: str) -> None:
         assert process.stdout.readline()
     closed.stdout.close()
     closed.stdin.write(b"Why?\n" * 5)
+    time.sleep(0.5)  # until it waits for its next line: Python drops an interrupt that falls into a destructor
     interrupted.send_signal(signal.SIGINT)
     after_close, after_interrupt = finish(closed), finish(interrupted)
     interrupted.stdout.close()

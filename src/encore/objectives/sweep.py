@@ -108,14 +108,14 @@ def sweep(
             if slope is not None:
                 logits.mul_(slope)
             grad_logits = logits.to(states.dtype)
-            del logits, slope  # before the next chunk's are made
             if grad_states is not None:
                 torch.mm(grad_logits, head_weight, out=grad_states[here])
-            if grad_weight is not None and states.dtype == precision:
+            if grad_weight is None:
+                continue
+            if states.dtype == precision:
                 grad_weight.addmm_(grad_logits.t(), states[here])
-            elif grad_weight is not None:
+            else:
                 grad_weight.add_(grad_logits.t() @ states[here])
-            del grad_logits
     return losses, grad_states, grad_weight
 
 
