@@ -3,10 +3,13 @@
     python benchmarks/long_context.py --tokens 8192
     python benchmarks/long_context.py --tokens 4096,8192,16384              # and how both grow
     python benchmarks/long_context.py --tokens 32768 --chunk-tokens 4096    # the source in chunks, encoded apart
-    python benchmarks/long_context.py --tokens 8192 --peer transformers
+    python benchmarks/long_context.py --tokens 8192,16384 --peer transformers
 
 Each length runs in a process of its own. Peak memory is that of the whole process (VmHWM), weights and loading
-included. Operations per second stand beside those of a plain matrix product, measured in the same process.
+included. Operations per second stand beside those of a plain matrix product, measured in the same process. Weights of
+released models are bfloat16: without --dtype, Encore runs in bfloat16 where the processor has units for it and in
+float32 elsewhere (`encore.train.loss.resolve_precision`), and the peer runs in bfloat16, as it loads them, and in
+float32. With --peer, lines at the end give how many times as fast Encore was.
 `transformers` builds S x S masks and grows about fivefold per doubling, so it is refused above 16,384 tokens.
 """
 
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +51,7 @@ def measure(who: str, tokens: int, dtype: torch.dtype, chunk_tokens: int) -> dic
     length = chunk_tokens or tokens
     if who == "encore":
         model = build_ours(config, dtype)
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         if chunk_tokens:
             rows = [row.tolist() for row in source[0].split(chunk_tokens)]
             assert encode_sources(model.encoder, [Chunks(rows)]).states.shape[1] == tokens
@@ -55,9 +59,9 @@ def measure(who: str, tokens: int, dtype: torch.dtype, chunk_tokens: int) -> dic
             model.encode(source)
     else:
         peer = build_theirs(config, dtype).get_encoder()
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         peer(input_ids=source)
-    seconds = time.perf_counter() - start
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     peak = peak_bytes()
     stack = config.encoder
     linear = 2 * 100_326_016 * tokens
@@ -73,6 +77,7 @@ def measure(who: str, tokens: int, dtype: torch.dtype, chunk_tokens: int) -> dic
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 2),
+        "processor_seconds": round(processor_seconds, 2),
         "peak_gigabytes": round(peak / 1e9, 2),
         "gigaflops": round(operations / 1e9, 1),
         "matrix_product_gigaflops": round(product / 1e9, 1),
@@ -80,18 +85,33 @@ def measure(who: str, tokens: int, dtype: torch.dtype, chunk_tokens: int) -> dic
     }
 
 
-def growth(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Between neighbouring lengths of one program: how many times the tokens, the seconds, the memory."""
-    pairs = [(a, b) for a, b in itertools.pairwise(rows) if a["who"] == b["who"]]
+    pairs = [(a, b) for a, b in itertools.pairwise(rows) if (a["who"], a["dtype"]) == (b["who"], b["dtype"])]
     names = ("tokens", "seconds", "peak_gigabytes")
     return [{"who": a["who"], **{f"times_{name}": round(b[name] / a[name], 2) for name in names}} for a, b in pairs]
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times the peer's seconds and memory are ours, for each length; above 1, Encore is ahead."""
+    ours = {row["tokens"]: row for row in rows if row["who"] == "encore"}
+    return [
+        {
+            "peer": f"{row['who']} {row['dtype']}",
+            "tokens": row["tokens"],
+            "times_as_fast": round(row["seconds"] / ours[row["tokens"]]["seconds"], 2),
+            "times_less_memory": round(row["peak_gigabytes"] / ours[row["tokens"]]["peak_gigabytes"], 2),
+        }
+        for row in rows
+        if row["who"] != "encore"
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="8192", help="one length, or several with commas between")
     parser.add_argument("--chunk-tokens", type=int, default=0, help="encode in chunks of so many tokens; 0: whole")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of both programs")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--peer", choices=["transformers"])
     parser.add_argument("--who", choices=["encore", "transformers"], help=argparse.SUPPRESS)
@@ -104,15 +124,21 @@ def main() -> None:
             torch.set_num_threads(args.threads)
         print(json.dumps(measure(args.who, lengths[0], getattr(torch, args.dtype), args.chunk_tokens)))
         return
-    rows: list[dict[str, float]] = []
-    for who in ("encore", args.peer) if args.peer else ("encore",):
+    from encore.train.loss import resolve_precision
+
+    ours = args.dtype or str(resolve_precision("auto", torch.device("cpu"))).removeprefix("torch.")
+    runs = [("encore", ours)]
+    if args.peer:
+        runs += [(args.peer, dtype) for dtype in ([args.dtype] if args.dtype else ["bfloat16", "float32"])]
+    rows: list[dict[str, Any]] = []
+    for who, dtype in runs:
         for tokens in lengths:
-            command = [sys.executable, __file__, "--who", who, "--tokens", str(tokens), "--dtype", args.dtype]
+            command = [sys.executable, __file__, "--who", who, "--tokens", str(tokens), "--dtype", dtype]
             command += ["--threads", str(args.threads), "--chunk-tokens", str(args.chunk_tokens)]
             line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
             print(line, flush=True)
             rows.append(json.loads(line))
-    for row in growth(rows):
+    for row in growth(rows) + ratios(rows):
         print(json.dumps(row))
 
 

@@ -91,14 +91,17 @@ def load(
     """A model in eval mode from a folder, a shipped model or a hub name.
 
     Args:
-        dtype: of the parameters; None keeps each as stored.
+        dtype: of the parameters; None keeps each as stored; "auto" is float32 on a CPU, where bfloat16 is slow or, with
+            units for it, less exact, and as stored elsewhere.
         vision: also load the vision tower and projector, which text alone does not need.
         part: "encoder" gives the encoder of an encoder-decoder alone and reads no decoder tensor.
 
     Raises CheckpointError, before memory is spent, that names the tensor, key or file at fault.
     """
-    wanted = None if dtype is None else as_dtype(dtype)
     target_device = as_device(device)
+    if dtype == "auto":
+        dtype = torch.float32 if target_device.type == "cpu" else None
+    wanted = None if dtype is None else as_dtype(dtype)
     folder = resolve(name_or_folder)
     config = read_config_file(folder)
     if vision and config.vision is None:

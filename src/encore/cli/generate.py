@@ -309,11 +309,10 @@ def how_to_run(model: str, device: str, dtype: DtypeName, threads: int | None) -
                 f"{model} is exported: it runs on the CPU, its weights as they are; leave --device, --dtype"
             )
         return {"threads": threads}
-    where, weights = _torch_settings(device, dtype, threads)
-    return {"dtype": weights, "device": where}
+    return {"dtype": dtype, "device": _torch_device(device, threads)}
 
 
-def _torch_settings(device: str, dtype: DtypeName, threads: int | None) -> tuple[torch.device, torch.dtype | None]:
+def _torch_device(device: str, threads: int | None) -> torch.device:
     import torch
 
     from encore.checkpoint.pretrained import as_device
@@ -322,10 +321,7 @@ def _torch_settings(device: str, dtype: DtypeName, threads: int | None) -> tuple
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = as_device(device)
-    if dtype == "auto":
-        return where, torch.float32 if where.type == "cpu" else None
-    return where, {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    return as_device(device)
 
 
 def _stdin_lines() -> Iterator[str]:

@@ -49,7 +49,7 @@ class Embedding:
 def load(
     folder: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = "auto",
     device: torch.device | str = "cpu",
     vision: bool = False,
     threads: int | None = None,

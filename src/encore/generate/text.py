@@ -88,7 +88,7 @@ class TextGenerator:
         cls,
         name_or_folder: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype | None = "auto",
         device: torch.device | str = "cpu",
         vision: bool = False,
         chat: bool = False,
@@ -103,13 +103,14 @@ class TextGenerator:
     ) -> TextGenerator:
         """From a checkpoint folder that holds its tokenizer, or from an exported one, which needs no torch.
 
-        `vision` loads the tower that pictures need. It, `dtype` and `device` are for checkpoints, `threads` is for
-        exported folders (torch has a setting of its own).
+        `vision` loads the tower that pictures need. It, `dtype` (as in `checkpoint.pretrained.load`; here float32 on a
+        CPU unless asked otherwise) and `device` are for checkpoints, `threads` is for exported folders (torch has a
+        setting of its own).
         """
         folder = resolve(name_or_folder)
         model: Model | OnnxModel
         if is_exported(folder):
-            if dtype is not None or str(device) != "cpu":
+            if dtype not in (None, "auto") or str(device) != "cpu":
                 raise ValueError(
                     f"{folder} is exported: it runs on the CPU with its own weights; set no dtype or device"
                 )
