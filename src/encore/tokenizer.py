@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encore.tokenizer_backends import SPACE, Backend, JsonBackend, SentencePieceBackend
+from encore.tokenizer_backends import BYTE, SPACE, Backend, SentencePieceBackend
+from encore.tokenizer_index import open_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Tokenizer:
             if not 0 <= token < self.vocab_size:
                 self._refuse(token)
             piece = self.backend.piece(token) or ""
-            byte = _BYTE.fullmatch(piece)
+            byte = BYTE.fullmatch(piece)
             known = bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
             self._bytes[token] = known
         return known
@@ -269,7 +269,7 @@ def load_tokenizer(folder: str | Path, *, resolve: Callable[[str], Path] | None 
     if not path.is_dir():
         raise FileNotFoundError(f"no folder is called {str(folder)!r}; give the folder of a checkpoint or tokenizer")
     if (path / "tokenizer.json").exists():
-        backend: Backend = JsonBackend(path / "tokenizer.json")
+        backend: Backend = open_json(path / "tokenizer.json")
     elif (path / "tokenizer.model").exists():
         backend = SentencePieceBackend(path / "tokenizer.model")
     else:

@@ -10,9 +10,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 SPACE = "\u2581"
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""The piece of a byte."""
 
 
 class Backend(Protocol):
@@ -45,7 +47,8 @@ class JsonBackend:
         self.special_ids = frozenset(token for token, content in added.items() if content.special)
         self.strip_space: bool
         self.escapes: Mapping[str, str]
-        self.strip_space, self.escapes = self._read_decoder(path)
+        decoder = self._tokenizer.decoder
+        self.strip_space, self.escapes = read_decoder(json.loads(decoder.__getstate__()) if decoder else None, path)
 
     def _find_size(self) -> int:
         """The largest id + 1. Without gaps it is the number of pieces, which spares a dictionary of them all."""
@@ -53,31 +56,6 @@ class JsonBackend:
         if all(self._tokenizer.id_to_token(token) is not None for token in range(size)):
             return size
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-    def _read_decoder(self, path: Path) -> tuple[bool, dict[str, str]]:
-        """Accept Gemma's decoder (U+2581 to space, byte fallback), with literal replacements at the end."""
-        decoder = self._tokenizer.decoder
-        steps = json.loads(decoder.__getstate__()) if decoder is not None else {}
-        steps = steps.get("decoders", [steps])
-        kinds = [step.get("type") for step in steps]
-        strip = False
-        escapes: dict[str, str] = {}
-        expected = kinds[:3] == ["Replace", "ByteFallback", "Fuse"]
-        for step in steps[3:]:
-            if step["type"] == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0):
-                strip = True
-            elif step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 2:
-                escapes[step["pattern"]["String"]] = step["content"]
-            else:
-                expected = False
-        if expected and (steps[0]["pattern"], steps[0]["content"]) != ({"String": SPACE}, " "):
-            expected = False
-        if not expected:
-            raise ValueError(
-                f"{path} decodes by {kinds}, not as Gemma's tokenizers do (Replace {SPACE!r}, ByteFallback, Fuse); "
-                "give a tokenizer of the Gemma family"
-            )
-        return strip, escapes
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [coded.ids for coded in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -87,6 +65,33 @@ class JsonBackend:
 
     def token_id(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
+
+
+def read_decoder(decoder: dict[str, Any] | None, path: Path) -> tuple[bool, dict[str, str]]:
+    """Whether it strips a space, and its escapes.
+
+    Accepts Gemma's decoder (U+2581 to space, byte fallback), with literal replacements at the end.
+    """
+    steps = (decoder or {}).get("decoders", [decoder or {}])
+    kinds = [step.get("type") for step in steps]
+    strip = False
+    escapes: dict[str, str] = {}
+    expected = kinds[:3] == ["Replace", "ByteFallback", "Fuse"]
+    for step in steps[3:]:
+        if step["type"] == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0):
+            strip = True
+        elif step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 2:
+            escapes[step["pattern"]["String"]] = step["content"]
+        else:
+            expected = False
+    if expected and (steps[0]["pattern"], steps[0]["content"]) != ({"String": SPACE}, " "):
+        expected = False
+    if not expected:
+        raise ValueError(
+            f"{path} decodes by {kinds}, not as Gemma's tokenizers do (Replace {SPACE!r}, ByteFallback, Fuse); "
+            "give a tokenizer of the Gemma family"
+        )
+    return strip, escapes
 
 
 class SentencePieceBackend:

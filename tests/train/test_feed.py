@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 import encore
 from encore.data.pipeline import Batches
+from encore.data.token_cache import Table
 from encore.model.t5gemma import T5Gemma
 from encore.train.feed import open_feed, reads_source
 from encore.train.loop import RunResult
@@ -113,17 +114,32 @@ def _changed(recipe: Recipe, tiny: Any, *changes: str) -> Recipe:
     return load_recipe(path, changes)
 
 
-def test_without_a_cache_nothing_stays(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    recipe = tiny.recipe("t5gemma2", f"data.validation={json.dumps([tiny.text])}")
-    kept = pretrain(recipe, tiny.folder / "kept", progress=Silent())
-    empty = f"data.cache_folder={tmp_path / 'empty'}"
-    anew = pretrain(_changed(recipe, tiny, "data.cache=false", empty), tiny.folder / "anew", progress=Silent())
-    assert rows(kept) == rows(anew)
-    tune(_changed(tiny.recipe("pairs"), tiny, "data.cache=false", empty), tiny.folder / "two", progress=Silent())
-    assert not (tmp_path / "empty").exists()
-    assert not list((tmp_path / "temporary").glob("encore-*"))
+@pytest.mark.parametrize("changes", [(), (*PACK, "data.documents=separate"), ("data.lengths=budget",)])
+def test_without_a_cache_text_is_tokenised_on_the_fly(tiny: Any, changes: tuple[str, ...]) -> None:
+    """No table of the training text is written; a stopped run goes on bit for bit, with another number of workers."""
+    limits = ("data.max_source_tokens=24", "data.max_target_tokens=24", f"data.validation={json.dumps([tiny.text])}")
+    recipe = tiny.recipe("t5gemma2", "data.cache=false", "train.log_every_steps=1", *limits, *changes)
+    whole = pretrain(recipe, tiny.folder / "whole", progress=Silent())
+    assert len(list((tiny.folder / "cache" / "texts").glob("[!.]*"))) == 1
+    held_out = list((tiny.folder / "cache" / "tokens").glob("[!.]*"))
+    assert len(held_out) == 1 and Table.open(held_out[0]).tally.records <= 80
+    half = tiny.folder / "half"
+    shutil.copytree(whole.folder, half)
+    shutil.rmtree(half / "checkpoints" / "step-000008")
+    shutil.rmtree(half / "model")
+    resumed = pretrain(_changed(recipe, tiny, "data.workers=2"), half, progress=Silent())
+    assert rows(resumed) == rows(whole) and whole.losses[-1][0] == 8
+    kept = pretrain(_changed(recipe, tiny, "data.cache=true"), tiny.folder / "kept", progress=Silent())
+    assert kept.validation_losses[0] == pytest.approx(whole.validation_losses[0])  # held-out examples are the same
+    assert rows(kept) != rows(whole)
+
+
+def test_pairs_on_the_fly(tiny: Any) -> None:
+    recipe = tiny.recipe("pairs", "data.cache=false", f"data.validation={json.dumps([tiny.pairs])}")
+    one = tune(recipe, tiny.folder / "one", progress=Silent())
+    two = tune(_changed(recipe, tiny, "data.workers=1"), tiny.folder / "two", progress=Silent())
+    assert rows(one) == rows(two) and one.validation_losses[-1][1] < one.validation_losses[0][1]
+    assert tune(_changed(recipe, tiny, *PACK), tiny.folder / "packed", progress=Silent()).steps == 8
 
 
 def test_tuning_on_packed_pairs(tiny: Any) -> None:

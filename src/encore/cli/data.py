@@ -48,7 +48,7 @@ def inspect(
     encoder = reads_source(asked)
     feed = open_feed(asked, open_tokenizer(asked.model), encoder=encoder)
     reading = feed.reading or open_reading(asked, feed.tokenizer, encoder=encoder)
-    with contextlib.closing(feed), contextlib.closing(reading), _bar("measuring") as progress:
+    with contextlib.closing(feed), _bar("measuring") as progress:
         report = run(
             reading,
             feed.batches.source,

@@ -257,6 +257,11 @@ class TablePairs(Sequence[TokenPair]):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def lengths(self, index: int) -> tuple[int, int]:
+        """The tokens of a pair's sides, found without reading them."""
+        source, target = self.side_lengths[index]
+        return int(source), int(target)
+
     def __getitem__(self, index: int) -> TokenPair:  # pyright: ignore[reportIncompatibleMethodOverride]
         number = int(self._numbers[index])
         table = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -267,26 +272,40 @@ class TablePairs(Sequence[TokenPair]):
         return TokenPair(np.asarray(tokens[begin:middle]), np.asarray(tokens[middle:end]))
 
 
+class Pairs(Protocol):
+    """Pairs of texts as ids, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> TokenPair: ...
+
+    def lengths(self, index: int) -> tuple[int, int]: ...
+
+
 class PairExamples:
-    """Pairs, in another order in each epoch."""
+    """Pairs, in another order in each epoch: `order` says in which, if it is not any."""
 
     rules: Sequence[Callable[[int], tuple[int, int]]] = ()
 
     def __init__(
-        self, pairs: TablePairs, framing: Framing, *, encoder: bool, seed: int, source: int = 0, shuffle: bool = True
+        self,
+        pairs: Pairs,
+        framing: Framing,
+        *,
+        encoder: bool,
+        seed: int,
+        source: int = 0,
+        shuffle: bool = True,
+        order: Callable[[int], int] | None = None,
     ) -> None:
         self.pairs, self.framing, self.encoder = pairs, SpecialIds.of(framing), encoder
         self.per_epoch = len(pairs)
-        self._order = Order(len(pairs), seed, source, shuffle=shuffle)
-        extra = source_extra_tokens(framing)
-        sides = pairs.side_lengths
-        both = sides.sum(axis=1)
-        columns = (sides[:, 0] + extra, sides[:, 1] + 1) if encoder else (0 * both, both + 2)
-        self._lengths = np.stack(columns, axis=1)
+        self._order = order or Order(len(pairs), seed, source, shuffle=shuffle)
+        self._extra = source_extra_tokens(framing)
 
     def lengths(self, index: int) -> tuple[int, int]:
-        inputs, targets = self._lengths[self._order(index)]
-        return int(inputs), int(targets)
+        source, target = self.pairs.lengths(self._order(index))
+        return (source + self._extra, target + 1) if self.encoder else (0, source + target + 2)
 
     def text(self, index: int) -> tuple[int, int]:
         return sum(self.lengths(index)), -1

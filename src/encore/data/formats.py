@@ -6,7 +6,7 @@
     .arrow             what `datasets.save_to_disk` writes: an Arrow stream
 
 A record is the strings under the wanted keys. A key may go into a nested object: "translation.de" is the "de" of the
-object under "translation", unless a column has that very name.
+object under "translation", unless a column has that very name. Reading may begin at any record whose place was seen.
 """
 
 from __future__ import annotations
@@ -32,10 +32,16 @@ _PLACES_TOLD = 5
 
 @dataclass(frozen=True)
 class Record:
-    """The wanted strings of one row. `last` is False for a piece of a document that goes on in the next record."""
+    """The wanted strings of one row. `last` is False for a piece of a document that goes on in the next record.
+
+    `place` is where to begin to read this one again (`records(…, start=place)`), in the format's own count; `cheap`
+    says that beginning there costs nothing, because what comes before need not be unpacked.
+    """
 
     values: tuple[str, ...]
     last: bool = True
+    place: int = 0
+    cheap: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,31 +87,37 @@ class Tally:
             raise ValueError(f"{', '.join(names)}: all {self.records:,} records are damaged: {places}")
 
 
-def records(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
-    """Everything in a shard, in order. Raises UnreadableShard where nothing can be read at all."""
+def records(shard: Shard, keys: Sequence[str], start: int = 0) -> Iterator[Record | Damage]:
+    """Everything in a shard from the place `start` on, in order; places of damage count from there.
+
+    Raises UnreadableShard where nothing can be read at all.
+    """
     if shard.suffix == ".jsonl":
-        yield from _lines(shard, keys)
+        yield from _lines(shard, keys, start)
     elif shard.suffix == ".parquet":
-        yield from _parquet(shard, keys)
+        yield from _parquet(shard, keys, start)
     elif shard.suffix == ".arrow":
-        yield from _arrow(shard, keys)
+        yield from _arrow(shard, keys, start)
     elif len(keys) > 1:
         raise ValueError(
             f"{shard.name}: pairs are read from rows (JSONL, Parquet, Arrow) that hold {' and '.join(map(repr, keys))}"
         )
     else:
-        yield from _text(shard)
+        yield from _text(shard, start)
 
 
-def _lines(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
-    number = 0
-    with shard.unpacked() as file:
+def _lines(shard: Shard, keys: Sequence[str], start: int) -> Iterator[Record | Damage]:
+    number, next_place = 0, start
+    with shard.unpacked(start) as file:
         while True:
+            place = next_place
             try:
                 line = file.readline(MAX_RECORD_BYTES + 1)
+                next_place += len(line)
                 too_long = len(line) > MAX_RECORD_BYTES
                 while too_long and not line.endswith(b"\n") and (more := file.readline(1 << 20)):
                     line = more
+                    next_place += len(line)
             except _BROKEN_STREAM as error:
                 if not number:
                     raise shard.unreadable(error) from error
@@ -117,11 +129,11 @@ def _lines(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
             if too_long:
                 yield Damage(f"line {number}", f"longer than {MAX_RECORD_BYTES >> 20} MiB")
             elif line.strip():
-                yield _from_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, number, keys)
+                row = _from_line(line if place else line.removeprefix(codecs.BOM_UTF8), f"line {number}", keys)
+                yield row if isinstance(row, Damage) else Record(row, True, place, not shard.is_packed)
 
 
-def _from_line(line: bytes, number: int, keys: Sequence[str]) -> Record | Damage:
-    place = f"line {number}"
+def _from_line(line: bytes, place: str, keys: Sequence[str]) -> tuple[str, ...] | Damage:
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
@@ -133,7 +145,7 @@ def _from_line(line: bytes, number: int, keys: Sequence[str]) -> Record | Damage
     return _from_row(row, place, keys)
 
 
-def _from_row(row: dict[str, Any], place: str, keys: Sequence[str]) -> Record | Damage:
+def _from_row(row: dict[str, Any], place: str, keys: Sequence[str]) -> tuple[str, ...] | Damage:
     values: list[str] = []
     for key in keys:
         value: Any = row.get(key)
@@ -151,40 +163,44 @@ def _from_row(row: dict[str, Any], place: str, keys: Sequence[str]) -> Record | 
             except UnicodeEncodeError:
                 return Damage(place, f"half a surrogate pair under {key!r}, which is no Unicode")
         values.append(value)
-    return Record(tuple(values))
+    return tuple(values)
 
 
-def _text(shard: Shard) -> Iterator[Record | Damage]:
-    """A file of text: one document, given in pieces that end with a line wherever there is one."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    place, waiting = 0, ""
-    with shard.unpacked() as file:
+def _text(shard: Shard, start: int) -> Iterator[Record | Damage]:
+    """A file of text: one document, given in pieces that end with a line wherever there is one.
+
+    Where a piece ends depends on nothing before it, so that reading can begin at each.
+    """
+    place, waiting, whole = start, b"", False
+    with shard.unpacked(start) as file:
         while True:
             try:
-                data = file.read(_TEXT_PIECE_BYTES)
-                waiting += decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                yield Damage(f"byte {place + error.start}", f"not UTF-8: {error.reason}")
-                return
+                while not whole and len(waiting) < _TEXT_PIECE_BYTES:
+                    data = file.read(_TEXT_PIECE_BYTES - len(waiting))
+                    waiting += data
+                    whole = not data
             except _BROKEN_STREAM as error:
-                if not place:
+                if not place + len(waiting):
                     raise shard.unreadable(error) from error
-                yield Damage(f"after byte {place}", f"the file breaks off: {error}")
+                yield Damage(f"after byte {place + len(waiting)}", f"the file breaks off: {error}")
                 return
-            if not data:
-                yield Record((waiting,))
+            mark = len(codecs.BOM_UTF8) if not place and waiting.startswith(codecs.BOM_UTF8) else 0
+            try:
+                text, length = codecs.utf_8_decode(waiting[mark:], "strict", whole)
+            except UnicodeDecodeError as error:
+                yield Damage(f"byte {place + mark + error.start}", f"not UTF-8: {error.reason}")
                 return
-            place += len(data)
-            cut = waiting.rfind("\n") + 1 or waiting.rfind(" ") + 1 or len(waiting)
-            if len(waiting) > _TEXT_PIECE_BYTES // 2 and cut > len(waiting) // 2 and cut < len(waiting):
-                yield Record((waiting[:cut],), last=False)
-                waiting = waiting[cut:]
-            elif len(waiting) > 2 * _TEXT_PIECE_BYTES:
-                yield Record((waiting,), last=False)
-                waiting = ""
+            if whole:
+                if place or text.strip():
+                    yield Record((text,), True, place, not shard.is_packed)
+                return
+            cut = text.rfind("\n") + 1 or text.rfind(" ") + 1 or len(text)
+            used = mark + (length if cut == len(text) else len(text[:cut].encode()))
+            yield Record((text[:cut],), False, place, not shard.is_packed)
+            place, waiting = place + used, waiting[used:]
 
 
-def _parquet(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
+def _parquet(shard: Shard, keys: Sequence[str], start: int) -> Iterator[Record | Damage]:
     what = f"reading {shard.name}"
     arrow, parquet = need("pyarrow", what), need("pyarrow.parquet", what)
     with shard.open() as source:
@@ -198,17 +214,21 @@ def _parquet(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
             return
         done = 0
         for group in range(file.metadata.num_row_groups):
+            first = done
             end = done + file.metadata.row_group(group).num_rows
+            if end <= start:
+                done = end
+                continue
             try:
                 for batch in file.iter_batches(_TABLE_ROWS, row_groups=[group], columns=columns, use_threads=False):
-                    yield from _from_table(batch, done, keys)
+                    yield from _from_table(batch, done, keys, start, cheap=range(first, first + 1))
                     done += batch.num_rows
             except (arrow.ArrowException, OSError) as error:
                 yield Damage(f"rows {done + 1}-{end}", f"row group {group}: {_first_line(error)}", end - done)
             done = end
 
 
-def _arrow(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
+def _arrow(shard: Shard, keys: Sequence[str], start: int) -> Iterator[Record | Damage]:
     arrow = need("pyarrow", f"reading {shard.name}")
     done = 0
     with _mapped(shard, arrow) as source:
@@ -227,9 +247,11 @@ def _arrow(shard: Shard, keys: Sequence[str]) -> Iterator[Record | Damage]:
                 return
             if absent:
                 yield Damage(f"rows {done + 1}-{done + batch.num_rows}", absent, batch.num_rows)
-            else:
-                for start in range(0, batch.num_rows, _TABLE_ROWS):
-                    yield from _from_table(batch.select(columns).slice(start, _TABLE_ROWS), done + start, keys)
+            elif start < done + batch.num_rows:
+                here = batch.select(columns)
+                cheap = range(done, done + batch.num_rows) if not shard.is_remote else range(0)
+                for first in range(0, batch.num_rows, _TABLE_ROWS):
+                    yield from _from_table(here.slice(first, _TABLE_ROWS), done + first, keys, start, cheap)
             done += batch.num_rows
 
 
@@ -254,14 +276,20 @@ def _columns(keys: Sequence[str], names: Sequence[str]) -> tuple[list[str], str]
     return columns, ""
 
 
-def _from_table(batch: Any, done: int, keys: Sequence[str]) -> Iterator[Record | Damage]:
+def _from_table(batch: Any, done: int, keys: Sequence[str], start: int, cheap: range) -> Iterator[Record | Damage]:
+    """The rows of a batch, of which `done` came before, from row `start` on. `cheap`: where reading may well begin."""
+    if done + batch.num_rows <= start:
+        return
+    skipped = max(start - done, 0)
+    batch = batch.slice(skipped)
     try:
         rows: list[Any] = batch.to_pylist()
     except UnicodeDecodeError:  # one bad string spoils the batch: row by row then
         rows = [_row_or_none(batch, number) for number in range(batch.num_rows)]
-    for number, row in enumerate(rows, start=done + 1):
-        place = f"row {number}"
-        yield Damage(place, "not UTF-8") if row is None else _from_row(row, place, keys)
+    for number, row in enumerate(rows, start=done + skipped):
+        place = f"row {number + 1}"
+        values = Damage(place, "not UTF-8") if row is None else _from_row(row, place, keys)
+        yield values if isinstance(values, Damage) else Record(values, True, number, number in cheap)
 
 
 def _row_or_none(batch: Any, number: int) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from encore.data.batch import Batch
 from encore.data.examples import Framing, Objective, TablePairs, TextExamples, TokenPair, pair_row
 from encore.data.layout import Arrays, Row, lay_out
 from encore.data.mixture import Mixture
+from encore.data.on_the_fly import LivePairs
 from encore.data.steps import Steps
 from encore.data.windows import Windows
 from encore.data.workers import MakesArrays, Prefetched
@@ -78,12 +79,13 @@ class WindowBatches(Steps):
 class PairBatches:
     """Batches of pairs of like length, each at most `batch_tokens` ids with padding, in an order fixed by the seed.
 
-    The plan depends on the pairs' own lengths only, so both kinds of model get the same pairs in the same batches.
+    The plan depends on the pairs' own lengths only, so both kinds of model get the same pairs in the same batches. For
+    pairs that are tokenised on the fly it is made of the lengths to expect, and a batch that comes out longer is cut.
     """
 
     def __init__(
         self,
-        pairs: Sequence[TokenPair],
+        pairs: Sequence[TokenPair] | LivePairs,
         framing: Framing,
         *,
         encoder: bool,
@@ -93,7 +95,7 @@ class PairBatches:
     ) -> None:
         self.pairs, self.framing, self.encoder = pairs, framing, encoder
         self.batch_tokens, self.accumulation_steps, self.seed = batch_tokens, accumulation_steps, seed
-        if isinstance(pairs, TablePairs):
+        if isinstance(pairs, TablePairs | LivePairs):
             self._lengths = pairs.side_lengths
         else:
             self._lengths = np.array([(len(pair.source), len(pair.target)) for pair in pairs], dtype=np.int64)
@@ -113,7 +115,11 @@ class PairBatches:
     def arrays(self, step: int) -> list[Arrays]:
         """The batches of a step, without torch."""
         first = step * self.accumulation_steps
-        return [self._lay_out(self.indices(number)) for number in range(first, first + self.accumulation_steps)]
+        return [
+            self._lay_out(part)
+            for number in range(first, first + self.accumulation_steps)
+            for part in self._fitting(self.indices(number))
+        ]
 
     def indices(self, number: int) -> Ids:
         """Which pairs batch `number` holds, counted from the beginning of training."""
@@ -144,9 +150,18 @@ class PairBatches:
         random = np.random.default_rng([self.seed, epoch])
         total = self._lengths.sum(axis=1)
         noisy = total + random.random(len(total)) * (2 + 0.1 * total)  # so that neighbours differ from epoch to epoch
-        batches = _fill(np.argsort(noisy, kind="stable"), self._lengths, self.batch_tokens)
-        self._plan = [batches[int(i)] for i in random.permutation(len(batches))]
-        self._epoch = epoch
+        self._plan, self._epoch = [], epoch
+        for group in self.pairs.groups(epoch) if isinstance(self.pairs, LivePairs) else [np.arange(len(total))]:
+            order = group[np.argsort(noisy[group], kind="stable")]
+            batches = _fill(order, self._lengths, self.batch_tokens)
+            self._plan += [batches[int(i)] for i in random.permutation(len(batches))]
+
+    def _fitting(self, indices: Ids) -> list[Ids]:
+        """A batch, in parts if it holds more than was expected."""
+        if not isinstance(self.pairs, LivePairs):
+            return [indices]
+        lengths = np.array([self.pairs.lengths(int(index)) for index in indices], dtype=np.int64)
+        return [indices[part] for part in _fill(np.argsort(lengths.sum(axis=1)), lengths, self.batch_tokens)]
 
 
 def _fill(order: Ids, lengths: np.ndarray, batch_tokens: int) -> list[Ids]:

@@ -60,6 +60,10 @@ class Shard:
     def is_remote(self) -> bool:
         return "://" in self.name
 
+    @property
+    def is_packed(self) -> bool:
+        return self.name.endswith(PACKINGS)
+
     def open(self) -> BinaryIO:
         """The file's bytes as they lie there."""
         try:
@@ -70,8 +74,8 @@ class Shard:
             raise self.unreadable(error.strerror or str(error)) from error
 
     @contextmanager
-    def unpacked(self) -> Iterator[BinaryIO]:
-        """The file's bytes, unpacked as they are read."""
+    def unpacked(self, start: int = 0) -> Iterator[BinaryIO]:
+        """The file's bytes from `start` on, unpacked as they are read."""
         with ExitStack() as stack:
             file = stack.enter_context(self.open())
             if self.name.endswith(".gz"):
@@ -80,6 +84,10 @@ class Shard:
                 file = cast("BinaryIO", stack.enter_context(lzma.LZMAFile(file)))
             elif self.name.endswith(".zst"):
                 file = cast("BinaryIO", stack.enter_context(io.BufferedReader(_ZstdFrames(file), 1 << 16)))
+            if not self.is_packed:
+                file.seek(start)
+            while self.is_packed and start and (passed := len(file.read(min(start, 1 << 20)))):
+                start -= passed
             yield file
 
     def identity(self, memory: Path) -> str:

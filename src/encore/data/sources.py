@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from encore.data.formats import Damage, Tally, records
 from encore.data.shards import Shard, shards
@@ -33,6 +34,7 @@ _ENCODE_CHARACTERS = 1 << 22
 _NOTE_SECONDS = 10.0
 
 Ids = list[int]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def _tables(
     for number, shard in enumerate(found, start=1):
         tally = Tally()
         left = limit - done if limit else 0
-        watched = _watched(texts(shard, tally, left), f"tokenising {shard.name} ({number} of {len(found)})")
+        what = f"tokenising {shard.name} ({number} of {len(found)})"
+        watched = note_progress(texts(shard, tally, left), what, "tokens", lambda t: sum(len(ids) for ids, _ in t))
         key = (kind, fingerprint, shard.suffix, shard.identity(cache / "files"), str(left))
         tables.append(make_table(key, watched, tally, tokenizer.vocab_size, cache))
         done += size(tables[-1])
@@ -202,17 +205,17 @@ def _batched(
         yield batch
 
 
-def _watched(texts: Iterator[list[tuple[Ids, bool]]], what: str) -> Iterator[list[tuple[Ids, bool]]]:
+def note_progress(items: Iterator[Item], what: str, unit: str, count: Callable[[Item], int]) -> Iterator[Item]:
     """The same, with a line on stderr now and then while it takes long."""
     begin = time.monotonic()
-    due, tokens = begin + 2.0, 0
-    for batch in texts:
-        tokens += sum(len(ids) for ids, _ in batch)
+    due, done = begin + 2.0, 0
+    for item in items:
+        done += count(item)
         now = time.monotonic()
         if now > due:
-            note(f"{what}: {tokens:,} tokens, {tokens / (now - begin):,.0f} tokens/s")
+            note(f"{what}: {done:,} {unit}, {done / (now - begin):,.0f} {unit}/s")
             due = now + _NOTE_SECONDS
-        yield batch
+        yield item
 
 
 def note(message: str) -> None:

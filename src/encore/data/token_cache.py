@@ -12,25 +12,20 @@ shards that were done before it stay done. Of several processes that want the sa
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from encore.data.array_folder import GrowingArray, make_folder, mapped, read_info
 from encore.data.formats import Tally
 from encore.tokenizer import Tokenizer
 
 _FORMAT_VERSION = 2
-_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -45,8 +40,8 @@ class Table:
 
     @classmethod
     def open(cls, folder: Path) -> Table:
-        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
-        tokens, ends = (_mapped(folder / name) for name in ("tokens.npy", "ends.npy"))
+        info = read_info(folder)
+        tokens, ends = (mapped(folder / name) for name in ("tokens.npy", "ends.npy"))
         return cls(folder, tokens, ends, info["digest"], Tally(**info["tally"]))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,78 +96,26 @@ def make_table(
     """
     key = hashlib.sha256("\n".join((str(_FORMAT_VERSION), *key_parts)).encode()).hexdigest()[:32]
     folder = cache_folder / "tokens" / key
-    if not (folder / "info.json").is_file():
-        with _lock(folder), _disk_full_explained(cache_folder):
-            for leftover in folder.parent.glob(f".writing-{key}-*"):
-                shutil.rmtree(leftover)
-            if not (folder / "info.json").is_file():
-                _write(folder, texts, tally, np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4"))
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    make_folder(folder, lambda temporary: _write(temporary, texts, tally, dtype), cache_folder)
     return Table.open(folder)
 
 
-def _write(folder: Path, texts: Iterable[Sequence[tuple[list[int], bool]]], tally: Tally, dtype: np.dtype[Any]) -> None:
-    temporary = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
-    temporary.mkdir()
+def _write(folder: Path, texts: Iterable[Sequence[tuple[list[int], bool]]], tally: Tally, dtype: str) -> dict[str, Any]:
     digest = hashlib.sha256()
-    total = num_texts = 0
+    tokens, ends = GrowingArray(folder / "tokens.npy", dtype), GrowingArray(folder / "ends.npy", "<i8")
     try:
-        with open(temporary / "tokens.npy", "wb") as tokens_file, open(temporary / "ends.npy", "wb") as ends_file:
-            for file in (tokens_file, ends_file):
-                file.write(bytes(_HEADER_BYTES))
-            for batch in texts:
-                ids = np.concatenate([np.zeros(0, dtype), *(np.asarray(text, dtype) for text, _ in batch)])
-                lengths = np.cumsum([len(text) for text, _ in batch], dtype=np.int64) + total
-                ends = lengths[[ends_here for _, ends_here in batch]].astype("<i8")
-                for file, array in ((tokens_file, ids), (ends_file, ends)):
-                    file.write(array.tobytes())
-                    digest.update(array.tobytes())
-                total += len(ids)
-                num_texts += len(ends)
-            for file, kind, length in ((tokens_file, dtype, total), (ends_file, np.dtype("<i8"), num_texts)):
-                file.seek(0)
-                file.write(_header(kind, length))
-                file.flush()
-                os.fsync(file.fileno())
-        info = {"digest": digest.hexdigest(), "tokens": total, "texts": num_texts, "tally": asdict(tally)}
-        (temporary / "info.json").write_text(json.dumps(info, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _header(dtype: np.dtype[Any], length: int) -> bytes:
-    """The head of a version 1.0 .npy file, padded to a fixed size so that it can be written last."""
-    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
-    head = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
-    return head + fields.encode("latin1").ljust(_HEADER_BYTES - 11) + b"\n"
-
-
-def _mapped(path: Path) -> np.ndarray:
-    empty = path.stat().st_size <= _HEADER_BYTES  # which cannot be mapped
-    return cast("np.ndarray", np.load(path, mmap_mode=None if empty else "r", allow_pickle=False))
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _disk_full_explained(cache_folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk is full while writing tokens into {cache_folder}; make room there, or name another place with "
-            "data.cache_folder",
-        ) from error
+        for batch in texts:
+            lengths = np.cumsum([len(text) for text, _ in batch], dtype=np.int64) + tokens.length
+            ids = np.concatenate([np.zeros(0, dtype), *(np.asarray(text, dtype) for text, _ in batch)])
+            digest.update(tokens.append(ids))
+            digest.update(ends.append(lengths[[ends_here for _, ends_here in batch]]))
+        tokens.finish()
+        ends.finish()
+    finally:
+        tokens.close()
+        ends.close()
+    return {"digest": digest.hexdigest(), "tokens": tokens.length, "texts": ends.length, "tally": asdict(tally)}
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:

@@ -8,7 +8,6 @@ feed.validation       # held-out batches, by name
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +15,10 @@ from pathlib import Path
 from encore.checkpoint import hub
 from encore.config import T5GemmaConfig
 from encore.data.batch import Batch
+from encore.data.corpus import open_corpus
 from encore.data.examples import TablePairs
 from encore.data.mixture import Mixture
+from encore.data.on_the_fly import LivePairs
 from encore.data.pipeline import Batches, PairBatches
 from encore.data.shards import resolve
 from encore.data.sources import pair_tables
@@ -56,13 +57,10 @@ class Feed:
     fingerprint: str
     tokenizer: Tokenizer
     reading: Reading | None  # None: pairs under a token budget
-    temporary: tempfile.TemporaryDirectory[str] | None = None  # of a run without a cache
 
     def close(self) -> None:
-        """End the workers, and remove what was tokenised for this run alone."""
+        """End the workers."""
         self.batches.close()
-        if self.temporary:
-            self.temporary.cleanup()
 
     def write_report(self, run: str | Path) -> None:
         """RUN/data.json, once per run, where there is a mixture to tell about."""
@@ -96,13 +94,10 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, *, encoder: bool, pictures: 
     """
     if not encoder:  # a causal LM goes on from its prompt, without EOS; a tuned one answers after EOS
         tokenizer = tokenizer.with_source_format(SourceFormat(bos=True, eos=recipe.objective == "pairs"))
-    temporary = None if recipe.data.cache else tempfile.TemporaryDirectory(prefix="encore-tokens-")
-    if temporary:
-        recipe = replace(recipe, data=replace(recipe.data, cache=True, cache_folder=temporary.name))
     data, train = recipe.data, recipe.train
     if recipe.objective == "pairs" and data.train and not data.pack:
         source, reading = _budgeted(recipe, data.train, data.max_pairs, tokenizer, encoder=encoder), None
-        digests = [[table.digest for table in source.pairs.tables]] if isinstance(source.pairs, TablePairs) else []
+        digests = [_digests(source)]
         limits = f"{data.max_source_tokens} {data.max_target_tokens}"
         fingerprint = fingerprint_of([*digests, [limits]], tokenizer)
     else:
@@ -110,7 +105,7 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer, *, encoder: bool, pictures: 
         source, fingerprint = reading.steps, reading.fingerprint
     batches = Batches(source, workers=data.workers, num_steps=train.steps)
     validation = _validation(recipe, tokenizer, encoder=encoder, pictures=pictures)
-    return Feed(batches, validation, fingerprint, tokenizer, reading, temporary)
+    return Feed(batches, validation, fingerprint, tokenizer, reading)
 
 
 def reads_source(recipe: Recipe) -> bool:
@@ -127,15 +122,34 @@ def reads_source(recipe: Recipe) -> bool:
     return "t5gemma" in config.get("model_type", "")
 
 
+def _digests(batches: PairBatches) -> list[str]:
+    if isinstance(batches.pairs, LivePairs):
+        return ["on the fly", *batches.pairs.corpus.digests]
+    return [table.digest for table in batches.pairs.tables] if isinstance(batches.pairs, TablePairs) else []
+
+
 def _budgeted(
-    recipe: Recipe, files: tuple[str, ...], max_pairs: int, tokenizer: Tokenizer, *, encoder: bool
+    recipe: Recipe,
+    files: tuple[str, ...],
+    max_pairs: int,
+    tokenizer: Tokenizer,
+    *,
+    encoder: bool,
+    held_out: bool = False,
 ) -> PairBatches:
     """Pairs of like length, up to data.batch_tokens in a batch."""
     data = recipe.data
-    keys = {"source_key": data.source_key, "target_key": data.target_key}
-    tables = pair_tables(files, tokenizer, **keys, max_pairs=max_pairs, cache_folder=cache_folder(data))
+    limits = data.max_source_tokens, data.max_target_tokens
+    if data.cache or held_out:
+        keys = {"source_key": data.source_key, "target_key": data.target_key}
+        tables = pair_tables(files, tokenizer, **keys, max_pairs=max_pairs, cache_folder=cache_folder(data))
+        pairs: TablePairs | LivePairs = read_pairs(tables, *limits, max_pairs)
+    else:
+        corpus = open_corpus(files, tokenizer, (data.source_key, data.target_key), cache_folder(data))
+        seed = recipe.train.seed
+        pairs = LivePairs(corpus, *limits, max_pairs=max_pairs, max_tokens=data.batch_tokens, seed=seed)
     return PairBatches(
-        read_pairs(tables, data.max_source_tokens, data.max_target_tokens, max_pairs),
+        pairs,
         tokenizer,
         encoder=encoder,
         batch_tokens=data.batch_tokens,
@@ -149,7 +163,7 @@ def _validation(
 ) -> tuple[HeldOut, ...]:
     data = recipe.data
     if data.validation and recipe.objective == "pairs":
-        made = _budgeted(recipe, data.validation, 0, tokenizer, encoder=encoder)
+        made = _budgeted(recipe, data.validation, 0, tokenizer, encoder=encoder, held_out=True)
         return (HeldOut("", 1.0, made.in_order(data.validation_pairs)),)
     if data.validation:
         everything = replace(data, train=data.validation, sources=())

@@ -1,5 +1,8 @@
 """A recipe's `[data]` -> the mixture that a run reads: sources tokenised, cut, mixed, laid out in steps. No torch here.
 
+With `data.cache` the text is tokenised first and kept. Without, it is tokenised when a step needs it; only an index of
+the records is made first, and of held-out files no more is tokenised than what is validated on.
+
 reading = open_reading(recipe, tokenizer, encoder=True)
 reading.steps.arrays(0)      # the first step, as arrays
 reading.fingerprint          # changes with the ids that are read
@@ -11,12 +14,12 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encore.data.corpus import open_corpus
 from encore.data.examples import (
     Causal,
     Denoise,
@@ -29,6 +32,7 @@ from encore.data.examples import (
 )
 from encore.data.formats import Tally
 from encore.data.mixture import Mixture
+from encore.data.on_the_fly import LiveDocuments, LivePairs, LiveWindows
 from encore.data.sources import note, pair_tables, text_tables, tokenizer_fingerprint
 from encore.data.steps import Packing, Steps
 from encore.data.token_cache import Table, TokenStream
@@ -58,17 +62,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run reads. `temporary` is where the tables of a run without a cache lie; `close` removes it."""
+    """What a run reads."""
 
     sources: tuple[Source, ...]
     steps: Steps
     fingerprint: str
-    temporary: tempfile.TemporaryDirectory[str] | None = None
-
-    def close(self) -> None:
-        """Remove the temporary folder, if there is one."""
-        if self.temporary:
-            self.temporary.cleanup()
 
     def write_report(self, run: Path) -> None:
         """RUN/data.json: what was read, and what was skipped."""
@@ -86,8 +84,7 @@ class Reading:
 def open_reading(recipe: Recipe, tokenizer: Tokenizer, *, encoder: bool, pictures: Pictures | None = None) -> Reading:
     """Open, and where needed tokenise, everything the recipe trains on. `pictures`: what the model makes of one."""
     wanted = sources_of(recipe)
-    temporary = None if recipe.data.cache else tempfile.TemporaryDirectory(prefix="encore-tokens-")
-    cache = Path(temporary.name) if temporary else cache_folder(recipe.data)
+    cache = cache_folder(recipe.data)
     total = sum(source.weight for source in wanted)
     opened = [
         open_source(
@@ -104,7 +101,7 @@ def open_reading(recipe: Recipe, tokenizer: Tokenizer, *, encoder: bool, picture
         seed=train.seed,
         packing=Packing(data.encoder_row_tokens, data.decoder_row_tokens, data.pool_examples) if data.pack else None,
     )
-    return Reading(tuple(opened), steps, fingerprint_of([s.digests for s in opened], tokenizer), temporary)
+    return Reading(tuple(opened), steps, fingerprint_of([s.digests for s in opened], tokenizer))
 
 
 def sources_of(recipe: Recipe) -> list[SourceRecipe]:
@@ -143,10 +140,15 @@ def open_source(
     shuffle: bool = True,
     pictures: Pictures | None = None,
 ) -> Source:
-    """The examples of some files, as `source` (with nothing left open) says. `number` is its place in the mixture."""
+    """The examples of some files, as `source` (with nothing left open) says. `number` is its place in the mixture.
+
+    `shuffle` False: held-out files, whose examples come in order.
+    """
     seed = recipe.train.seed
     if source.objective == "pictures":
         return _open_pictures(source, files, tokenizer, pictures, seed=seed, number=number, of=of, shuffle=shuffle)
+    if shuffle and not recipe.data.cache:
+        return _open_on_the_fly(recipe, source, files, tokenizer, cache, encoder=encoder, number=number, of=of)
     if source.objective == "pairs":
         keys = {"source_key": source.source_key, "target_key": source.target_key}
         limit = source.max_pairs if shuffle else 0
@@ -156,10 +158,17 @@ def open_source(
         texts, tokens = len(pairs), int(pairs.side_lengths.sum())
     else:
         objective = objective_named(source.objective, tokenizer, encoder=encoder, mode_tokens=recipe.data.mode_tokens)
-        limit = source.max_tokens if shuffle else 0
+        lengths = _window_lengths(source, objective, tokenizer)
+        limit = source.max_tokens if shuffle else 0 if recipe.data.cache else _held_out_tokens(recipe.data, lengths)
         tables = text_tables(files, tokenizer, text_key=source.text_key, max_tokens=limit, cache_folder=cache)
         stream = TokenStream(tables, limit)
-        stretches = _stretches(source, stream, objective, tokenizer, seed, number, shuffle=shuffle)
+        options: dict[str, Any] = {"seed": seed, "source": number, "shuffle": shuffle}
+        eos = {"keep_eos": isinstance(objective, Causal), "eos_id": tokenizer.eos_id}
+        joined = source.documents == "joined"
+        stretches: list[Stretches] = [
+            Windows(stream, length, **options) if joined else Documents(stream, length, **options, **eos)
+            for length in lengths
+        ]
         made = TextExamples(stretches, objective, seed=seed, source=number)
         texts, tokens = len(stream.document_ends()), len(stream)
     tally = Tally()
@@ -167,6 +176,43 @@ def open_source(
         tally.add(table.tally)
     digests = tuple(table.digest for table in tables)
     return Source(source.name, source.objective, source.weight / of, tokens, texts, tally, made, digests)
+
+
+def _open_on_the_fly(
+    recipe: Recipe,
+    source: SourceRecipe,
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    cache: Path | None,
+    *,
+    encoder: bool,
+    number: int,
+    of: float,
+) -> Source:
+    """The same without tokenising anything before it is needed; how many tokens there are is estimated."""
+    seed = recipe.train.seed
+    if source.objective == "pairs":
+        corpus = open_corpus(files, tokenizer, (source.source_key, source.target_key), cache)
+        limits = source.max_source_tokens, source.max_target_tokens
+        pairs = LivePairs(corpus, *limits, max_pairs=source.max_pairs, seed=seed, number=number)
+        made: Examples = PairExamples(pairs, tokenizer, encoder=encoder, seed=seed, order=pairs.order)
+    else:
+        objective = objective_named(source.objective, tokenizer, encoder=encoder, mode_tokens=recipe.data.mode_tokens)
+        lengths = _window_lengths(source, objective, tokenizer)
+        corpus = open_corpus(files, tokenizer, (source.text_key,), cache)
+        options: dict[str, Any] = {"seed": seed, "source": number, "max_tokens": source.max_tokens}
+        joined, keep_eos = source.documents == "joined", isinstance(objective, Causal)
+        stretches: list[Stretches] = [
+            LiveWindows(corpus, length, **options)
+            if joined
+            else LiveDocuments(corpus, length, **options, keep_eos=keep_eos)
+            for length in lengths
+        ]
+        made = TextExamples(stretches, objective, seed=seed, source=number)
+    tokens = round(corpus.num_characters * corpus.tokens_per_character)
+    digests = ("on the fly", *corpus.digests)
+    share = source.weight / of
+    return Source(source.name, source.objective, share, tokens, corpus.num_records, corpus.tally, made, digests)
 
 
 def _open_pictures(
@@ -204,35 +250,25 @@ def _open_pictures(
     return Source(source.name, source.objective, source.weight / of, tokens, len(rows), tally, made, (digest,))
 
 
-def _stretches(
-    source: SourceRecipe,
-    stream: TokenStream,
-    objective: Objective,
-    tokenizer: Tokenizer,
-    seed: int,
-    number: int,
-    *,
-    shuffle: bool,
-) -> list[Stretches]:
-    """One cut of the text for all tasks, or by the budget rule one for each."""
-    lengths = [source.window_tokens]
-    sentinels = len(tokenizer.sentinel_ids)
-    if source.lengths == "window":
-        for task in objective.tasks:
-            if task.num_sentinels(source.window_tokens) > sentinels:
-                raise ValueError(
-                    f"task {task.name!r} needs {task.num_sentinels(source.window_tokens)} sentinels for "
-                    f"{source.window_tokens} tokens but the tokenizer has {sentinels}; set data.window_tokens to "
-                    f"{longest_for_sentinels(task, sentinels)} at most, or data.lengths to budget"
-                )
+def _window_lengths(source: SourceRecipe, objective: Objective, tokenizer: Tokenizer) -> list[int]:
+    """The length of one cut of the text for all tasks, or by the budget rule of one for each."""
     if source.lengths == "budget":
         limits = source.max_source_tokens, source.max_target_tokens
-        lengths = [objective.longest_text(task, *limits) for task in range(len(objective.tasks))]
-    options: dict[str, Any] = {"seed": seed, "source": number, "shuffle": shuffle}
-    if source.documents == "joined":
-        return [Windows(stream, length, **options) for length in lengths]
-    options |= {"keep_eos": isinstance(objective, Causal), "eos_id": tokenizer.eos_id}
-    return [Documents(stream, length, **options) for length in lengths]
+        return [objective.longest_text(task, *limits) for task in range(len(objective.tasks))]
+    sentinels = len(tokenizer.sentinel_ids)
+    for task in objective.tasks:
+        if task.num_sentinels(source.window_tokens) > sentinels:
+            raise ValueError(
+                f"task {task.name!r} needs {task.num_sentinels(source.window_tokens)} sentinels for "
+                f"{source.window_tokens} tokens but the tokenizer has {sentinels}; set data.window_tokens to "
+                f"{longest_for_sentinels(task, sentinels)} at most, or data.lengths to budget"
+            )
+    return [source.window_tokens]
+
+
+def _held_out_tokens(data: DataRecipe, lengths: Sequence[int]) -> int:
+    """As much as the windows need that are validated on."""
+    return max(data.validation_windows, 2) * max(lengths)
 
 
 def read_pairs(tables: Sequence[Table], max_source_tokens: int, max_target_tokens: int, max_pairs: int) -> TablePairs:
