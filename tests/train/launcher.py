@@ -98,6 +98,7 @@ def launch(request: dict[str, Any]) -> list[tuple[int, str, str]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # torch.compile's own, which it means to hide
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(launch(json.loads(line))), flush=True)

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 import encore
 from encore.checkpoint.training import RunFolder
+from encore.train.distill_logits import distill_logits
 from encore.train.metrics import TIME_FIELDS, Silent, read_metrics
+from encore.train.models import open_model
 from encore.train.parallel import layers_of, mesh_shape, units_of
 from encore.train.pretrain import pretrain
 from encore.train.recipe import TrainRecipe
@@ -170,6 +172,26 @@ def test_split_layers_and_a_stop_that_one_process_hears(tiny: Any, launch: Launc
     assert_alike(alone(recipe, tiny.folder / "one"), alone(recipe, many))
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_teacher_beside_split_students(tiny: Any, launch: Launcher, world: int) -> None:
+    """Logits of teacher and student split over the vocabulary; from a running teacher, and on two from its top k."""
+    teacher = open_model(tiny.recipe("causal", "model.architecture.hidden_size=48").model, tiny.tokenizer, seed=9)
+    with torch.no_grad():
+        teacher.head_weight.mul_(8)  # far from the uniform distribution
+    encore.save(teacher, tiny.folder / "teacher", tokenizer=tiny.tokenizer)
+    distill = (f"distill.teacher={tiny.folder / 'teacher'}", "distill.alpha=0.7", "distill.temperature=1.5")
+    short = ("train.steps=2", "train.evaluate_every_steps=2")
+    recipe = recipe_of(tiny, "t5gemma2", *short, *distill, "distill.top_k=40")
+    if world == 2:
+        distill_logits(load_recipe(recipe), tiny.folder / "logits")
+        recipe = recipe_of(tiny, "t5gemma2", *short, *distill, f"distill.logits={tiny.folder / 'logits'}")
+    many = tiny.folder / "many"
+    finished(launch(world, recipe, many, f"train.tensor_parallel={world}"), many)
+    one = alone(recipe, tiny.folder / "one")
+    assert_alike(one, many)
+    assert read_metrics(one / "metrics.jsonl")[-1]["validation_divergence"] > 0.05
+
+
 def test_many_go_on_from_one(tiny: Any, launch: Launcher) -> None:
     """From a checkpoint of one process: two that split layers, then two whole copies; the model is a mean."""
     recipe = recipe_of(tiny, "t5gemma2", "train.average_last=2")
@@ -201,6 +223,17 @@ def test_layers_that_share_a_parameter_are_no_units() -> None:
     stack = Stack()
     assert layers_of(stack) == list(stack.layers)
     assert units_of(layers_of(stack)) == [stack.layers[2]]
+
+
+COMPILED = ("train.compile=true", "train.compile_backend=eager", "train.activation_checkpointing=true")
+
+
+def test_compiled_layers_learn_the_same(tiny: Any, launch: Launcher) -> None:
+    """Captured by torch.compile, with activation checkpointing, sharded over two."""
+    recipe = recipe_of(tiny, "t5gemma2", "train.steps=2", "train.evaluate_every_steps=2")
+    plain = alone(recipe, tiny.folder / "plain")
+    finished(launch(2, recipe, tiny.folder / "two", *COMPILED), tiny.folder / "two")
+    assert_alike(plain, tiny.folder / "two")
 
 
 @pytest.mark.parametrize("kind", ["causal", "t5gemma2"])

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from encore.objectives.split_vocabulary import SplitHead, Vocabulary, WholeVocabulary, held_columns, normalise_
 from encore.objectives.sweep import (
     Score,
     capped_logits,
@@ -48,18 +49,25 @@ class TeacherStates:
         """These tokens, in this order."""
         return TeacherStates(self.states[rows], self.head_weight, self.softcap)
 
-    def log_probabilities(self, here: slice, temperature: float) -> Float[Tensor, "n V"]:
+    def prepared(self, vocabulary: Vocabulary, num_columns: int) -> TeacherStates:
+        """In the dtype of its products, with the rows of its head that belong to the columns held."""
+        rows = self.head_weight[vocabulary.first_row : vocabulary.first_row + num_columns]
+        return TeacherStates(*matmul_operands(self.states, rows), self.softcap)
+
+    def log_probabilities(self, here: slice, temperature: float, vocabulary: Vocabulary) -> Float[Tensor, "n v"]:
         """Of one chunk, in a buffer of its own."""
         logits = capped_logits(self.states[here], self.head_weight, self.softcap)
         if temperature != 1.0:
             logits.div_(temperature)
-        return logits.sub_(logits.logsumexp(dim=1, keepdim=True))
+        return normalise_(logits, vocabulary)
 
-    def divergence(self, here: slice, student: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, Tensor]:
-        """KL (n,) from the student's log-probabilities at that temperature, and its gradient p - q (n, V)."""
-        log_teacher = self.log_probabilities(here, temperature).to(student.dtype)
+    def divergence(
+        self, here: slice, student: Float[Tensor, "n v"], temperature: float, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:
+        """KL (n,) from the student's log-probabilities at that temperature, and its gradient p - q (n, v)."""
+        log_teacher = self.log_probabilities(here, temperature, vocabulary).to(student.dtype)
         teacher = log_teacher.exp()
-        losses = log_teacher.sub_(student).mul_(teacher).sum(dim=1)
+        losses = vocabulary.total(log_teacher.sub_(student).mul_(teacher).sum(dim=1))
         return losses, torch.exp(student, out=log_teacher).sub_(teacher)
 
 
@@ -78,17 +86,23 @@ class TeacherTop:
         """These tokens, in this order."""
         return TeacherTop(self.ids[rows], self.log_probabilities[rows], self.log_rest[rows])
 
-    def divergence(self, here: slice, student: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, Tensor]:
-        """KL (n,) over k + 1 outcomes, and its gradient in the student's logits (n, V)."""
-        ids = self.ids[here].long()
+    def prepared(self, vocabulary: Vocabulary, num_columns: int) -> TeacherTop:
+        return self
+
+    def divergence(
+        self, here: slice, student: Float[Tensor, "n v"], temperature: float, vocabulary: Vocabulary
+    ) -> tuple[Tensor, Tensor]:
+        """KL (n,) over k + 1 outcomes, and its gradient in the student's logits (n, v)."""
+        columns, held = held_columns(self.ids[here].long(), vocabulary, student.shape[1])
         log_top, log_rest = self.log_probabilities[here].to(student.dtype), self.log_rest[here, None].to(student.dtype)
         top, rest = log_top.exp(), log_rest.exp()
         gradient = student.exp()
-        student_top = gradient.gather(1, ids)
-        gradient.scatter_(1, ids, 0.0)
-        student_rest = gradient.sum(dim=1, keepdim=True).clamp_min(torch.finfo(student.dtype).tiny)
-        losses = (top * (log_top - student.gather(1, ids))).sum(dim=1) + torch.xlogy(rest, rest / student_rest)[:, 0]
-        gradient.mul_(1 - rest / student_rest).scatter_(1, ids, student_top - top)
+        student_top = torch.where(held, gradient.gather(1, columns), 0.0)
+        gradient.scatter_add_(1, columns, -student_top)  # leaves zeros there: no id comes twice
+        student_rest = vocabulary.total(gradient.sum(dim=1, keepdim=True)).clamp_min(torch.finfo(student.dtype).tiny)
+        of_top = torch.where(held, top * (log_top - student.gather(1, columns)), 0.0).sum(dim=1)
+        losses = vocabulary.total(of_top) + torch.xlogy(rest, rest / student_rest)[:, 0]
+        gradient.mul_(1 - rest / student_rest).scatter_add_(1, columns, torch.where(held, student_top - top, 0.0))
         return losses, gradient
 
 
@@ -97,7 +111,7 @@ Teacher = TeacherStates | TeacherTop
 
 def distillation(
     states: Float[Tensor, "N D"],
-    head_weight: Float[Tensor, "V D"],
+    head_weight: Float[Tensor, "V D"] | SplitHead,
     targets: Int[Tensor, " N"],
     teacher: Teacher,
     taught: Int[Tensor, " N"],
@@ -116,10 +130,14 @@ def distillation(
         taught: for each of the N tokens which of the M speaks about it, or -1 for none.
         weights: as in `cross_entropy`: tokens of weight 0 cost nothing, None = all 1.
 
+    A head weight that is split over processes is a SplitHead, as in `cross_entropy`; each process has the whole teacher
+    and makes those of its logits that belong to the rows held.
+
     Raises ValueError for misshapen arguments, other vocabularies and ids outside of them.
     """
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-    check_operands(states, head_weight, targets, softcap, chunk_tokens)
+    held = head_weight if isinstance(head_weight, Tensor) else head_weight.rows
+    check_operands(states, held, targets, softcap, chunk_tokens)
     check_weights(weights, targets)
     _check_teacher(teacher, taught, targets, head_weight.shape[0], temperature, alpha)
     weights = weights.to(torch.promote_types(states.dtype, torch.float32))
@@ -128,16 +146,24 @@ def distillation(
     with_teacher = (counted & (taught >= 0)).nonzero().squeeze(1)
     rows = torch.cat([with_teacher, (counted & (taught < 0)).nonzero().squeeze(1)])
     check_range(targets[rows], head_weight.shape[0])
-    weights, teacher = weights[rows], teacher.select(taught[with_teacher])
-    if isinstance(teacher, TeacherStates):
-        teacher = TeacherStates(*matmul_operands(teacher.states, teacher.head_weight), teacher.softcap)
-    score = _against(teacher, len(with_teacher), targets[rows], weights, temperature, alpha)
-    chunk = chunk_tokens or default_chunk_tokens(head_weight.shape[0], states.device)
-    return swept_loss(states[rows], head_weight, weights, softcap, score, chunk), total_weight
+    vocabulary: Vocabulary = WholeVocabulary() if isinstance(head_weight, Tensor) else head_weight
+    teacher = teacher.select(taught[with_teacher]).prepared(vocabulary, held.shape[0])
+    states, weights = states[rows], weights[rows]
+    score = _against(teacher, len(with_teacher), targets[rows], weights, vocabulary, temperature, alpha)
+    chunk = chunk_tokens or default_chunk_tokens(held.shape[0], states.device)
+    if not isinstance(head_weight, Tensor):
+        states = head_weight.states(states)
+    return swept_loss(states, held, weights, softcap, score, chunk), total_weight
 
 
 def _against(
-    teacher: Teacher, num_taught: int, targets: Tensor, weights: Tensor, temperature: float, alpha: float
+    teacher: Teacher,
+    num_taught: int,
+    targets: Tensor,
+    weights: Tensor,
+    vocabulary: Vocabulary,
+    temperature: float,
+    alpha: float,
 ) -> Score:
     """The first `num_taught` tokens have a teacher, the others one-hot targets."""
 
@@ -147,18 +173,20 @@ def _against(
         one_hot_share = torch.ones_like(weights[here], dtype=logits.dtype)
         one_hot_share[:number] = 1 - alpha
         softened = logits[:number] / temperature if temperature != 1.0 and number else None
-        logits.sub_(logits.logsumexp(dim=1, keepdim=True))
-        column = targets[here, None]
-        losses = -one_hot_share * logits.gather(1, column)[:, 0]
+        normalise_(logits, vocabulary)
+        column, held = held_columns(targets[here, None], vocabulary, logits.shape[1])
+        losses = -one_hot_share * vocabulary.total(torch.where(held, logits.gather(1, column), 0.0))[:, 0]
         gradient = None
         if number:
             if softened is not None:
-                softened.sub_(softened.logsumexp(dim=1, keepdim=True))
+                normalise_(softened, vocabulary)
             student = logits[:number] if softened is None else softened
-            divergences, gradient = teacher.divergence(taught, student, temperature)
+            divergences, gradient = teacher.divergence(taught, student, temperature, vocabulary)
             losses[:number] += alpha * temperature**2 * divergences
         if with_gradient:
-            logits.exp_().mul_(one_hot_share[:, None]).scatter_add_(1, column, -one_hot_share[:, None])
+            logits.exp_().mul_(one_hot_share[:, None]).scatter_add_(
+                1, column, torch.where(held, -one_hot_share[:, None], 0.0)
+            )
             if gradient is not None:
                 logits[:number].add_(gradient, alpha=alpha * temperature)
             logits.mul_(weights[here, None])
@@ -175,11 +203,12 @@ def top_of_teacher(
     vocab_size = teacher.head_weight.shape[0]
     if not 0 < k <= vocab_size:
         raise ValueError(f"k is {k}; expected 1 to {vocab_size}, the vocabulary")
-    teacher = TeacherStates(*matmul_operands(teacher.states, teacher.head_weight), teacher.softcap)
+    whole = WholeVocabulary()
+    teacher = teacher.prepared(whole, vocab_size)
     chunk = chunk_tokens or default_chunk_tokens(vocab_size, teacher.states.device)
     ids, tops, rests = [], [], []
     for start in range(0, len(teacher.states), chunk):
-        log_probabilities = teacher.log_probabilities(slice(start, start + chunk), temperature)
+        log_probabilities = teacher.log_probabilities(slice(start, start + chunk), temperature, whole)
         top, here = log_probabilities.topk(k, dim=1)
         rests.append(log_probabilities.exp_().scatter_(1, here, 0.0).sum(dim=1).log_())
         ids.append(here)

@@ -162,11 +162,6 @@ def open_distillation(recipe: Recipe, tokenizer: Tokenizer, vocab_size: int) -> 
     settings = recipe.distill
     if not (settings.logits or settings.teacher):
         return None
-    if recipe.train.tensor_parallel > 1:
-        raise ValueError(
-            f"train.tensor_parallel is {recipe.train.tensor_parallel}, but distillation needs the student's whole "
-            "vocabulary on each process; set it to 1 and use train.data_parallel"
-        )
     layout = _layout(recipe, tokenizer)
     if settings.logits:
         logits = TeacherLogits(settings.logits)

@@ -301,5 +301,5 @@ def _adapt_layer(layer: nn.Module, recipe: TrainRecipe, *, spread: bool) -> None
 
         forward = forward_again
     if recipe.compile:
-        forward = torch.compile(forward)
+        forward = torch.compile(forward, backend=recipe.compile_backend)
     layer.forward = forward

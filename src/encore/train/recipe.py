@@ -129,7 +129,7 @@ class DataRecipe:
     decoder_row_tokens: int = 0
     pool_examples: int = 1024  # at least so many examples are packed together
     workers: int = 0  # processes that prepare steps ahead; 0: the training process does
-    cache: bool = True  # keep the tokenised text; False: in a temporary folder, for this run alone
+    cache: bool = True  # tokenise first, and keep it; False: when a step needs it, keeping an index of records only
     cache_folder: str = ""  # "": $ENCORE_CACHE or ~/.cache/encore
 
 
@@ -182,6 +182,7 @@ class TrainRecipe:
     shard: Literal["full", "none"] = "full"  # over data_parallel: weights and moments sharded, or whole on each
     activation_checkpointing: bool = False  # keep only the layers' inputs and compute the rest again in the backward
     compile: bool = False  # each layer with torch.compile
+    compile_backend: str = "inductor"  # which writes kernels; "eager" needs no compiler, and gains no speed
     tracker: Tracker = "auto"  # who else is told the metrics; "auto": TensorBoard where it is installed
 
     @property
