@@ -4,15 +4,21 @@
     python benchmarks/train_speed.py --quick --json out.json
 
 Each variant is a process of its own, and runs a whole training loop: `encore.train.loop.fit`, or the Trainer of
-`transformers` on its T5Gemma 2 class. Both learn from the same batches with fused AdamW and clipping. Processes take
-turns, a step each, so that a noisy machine hurts all alike: read the ratios, which are medians over rounds of one
-step's time against the first variant's in the same round.
+`transformers` on its T5Gemma 2 class. All learn from the same examples, in float32, on the same number of threads, with
+fused AdamW and clipping. `encore` is what a user gets; each further variant leaves out one thing, or adds one:
+
+    encore, padded                     one example a row, padded to the longest of the step, as the Trainer has it
+    encore, all logits at once         the usual loss: logits of all positions, then torch's cross-entropy
+    encore, dense lookups              lookups make a (V, D) gradient each, beside that of the head
+    encore, activation checkpointing   layers keep their inputs alone, and are computed twice
+
+Examples differ in length unless `--lengths equal`: then nothing is left for packing to save, and what remains is the
+rest. Processes take turns, a step each, so that a noisy machine hurts all alike: read the ratios, which are medians
+over rounds of one step's time against that of `transformers` (without it: of the first variant) in the same round.
 
     tokens_per_second   real tokens read and written (padding does not count)
     utilisation         model FLOPs (`encore.flops`) per second, as a share of the best matrix product of the same run
     peak_gigabytes      the highest resident size of the process (VmHWM), libraries, model and optimizer included
-
-Examples differ in length: the packed variants get them packed into full rows, the others padded to the longest.
 """
 
 from __future__ import annotations
@@ -48,21 +54,23 @@ from encore.model.t5gemma import T5Gemma
 from encore.presets import layer_types
 
 BOS, PAD = 2, 0
+PEER = "transformers"
 VARIANTS = {
     "encore": {},
+    "encore, padded": {"padded": True},
     "encore, all logits at once": {"all_logits": True},
+    "encore, dense lookups": {"dense_lookups": True},
     "encore, activation checkpointing": {"train": {"activation_checkpointing": True}},
-    "encore, packed": {"packed": True},
     "encore, bfloat16": {"train": {"precision": "bfloat16"}},
     "encore, compiled": {"train": {"compile": True}},
-    "transformers": {"peer": True},
+    PEER: {},
 }
-USUAL = ("encore", "encore, all logits at once", "encore, activation checkpointing", "encore, packed", "transformers")
+USUAL = tuple(name for name in VARIANTS if name not in ("encore, bfloat16", "encore, compiled"))
 
 
 @dataclass
 class Row:
-    """`ratio`: how many times as fast as the first variant, median over rounds."""
+    """`ratio`: how many times as fast as `transformers` (without it: as the first variant), median over rounds."""
 
     variant: str
     step_seconds: float
@@ -141,10 +149,20 @@ def packed(setting: Setting, step: int) -> Batch:
 
 def all_logits_loss(model: Any, batch: Batch) -> Tensor:
     """What everybody writes first: all logits, and torch's cross-entropy."""
-    assert batch.encoder_input_tokens is not None
-    logits = model(batch.encoder_input_tokens, batch.decoder_input_tokens, batch.encoder_mask, batch.decoder_mask)
+    from encore.train.loss import target_states
+
+    logits = model.logits(target_states(model, batch))
     losses = F.cross_entropy(logits.flatten(0, 1), batch.decoder_target_tokens.flatten(), reduction="none")
     return (losses * batch.decoder_loss_weights.flatten()).sum()
+
+
+def dense_lookups_loss(model: Any, batch: Batch) -> Tensor:
+    """`summed_loss`, but for how the gradients of lookups are added to the head's."""
+    from encore.objectives.losses import cross_entropy
+    from encore.train.loss import target_states
+
+    states, weights = target_states(model, batch).flatten(0, 1), batch.decoder_loss_weights.flatten()
+    return cross_entropy(states, model.head_weight, batch.decoder_target_tokens.flatten(), weights)[0]
 
 
 class Turns:
@@ -180,10 +198,13 @@ def work_ours(setting: Setting, options: dict[str, Any], turns: Turns) -> None:
             turns.done()
 
     def batches(step: int) -> Sequence[Batch]:
-        made = (packed if options.get("packed") else padded)(setting, step)
+        made = (padded if options.get("padded") else packed)(setting, step)
         turns.wait()
         return [made]
 
+    loss = summed_loss
+    if options.get("all_logits") or options.get("dense_lookups"):
+        loss = all_logits_loss if options.get("all_logits") else dense_lookups_loss
     with tempfile.TemporaryDirectory() as folder:
         fit(
             model,
@@ -192,7 +213,7 @@ def work_ours(setting: Setting, options: dict[str, Any], turns: Turns) -> None:
             RunFolder(folder),
             tokenizer=load_tokenizer(resolve("asset:tokenizer")),
             data_fingerprint="",
-            loss=all_logits_loss if options.get("all_logits") else summed_loss,
+            loss=loss,
             progress=Reporting(),
         )
 
@@ -278,13 +299,13 @@ def measure(names: Sequence[str], setting: Setting, rounds: int, advance: Callab
         for worker in workers.values():
             worker.step(counted=turn >= 2)
         advance()
-    first = workers[names[0]].seconds
+    beside = workers[PEER if PEER in workers else names[0]].seconds
     tokens = sum(map(sum, setting.lengths))
     rows = []
     for name, worker in workers.items():
         worker.end()
         seconds = statistics.median(worker.seconds)
-        ratio = statistics.median(theirs / mine for mine, theirs in zip(worker.seconds, first, strict=True))
+        ratio = statistics.median(theirs / mine for mine, theirs in zip(worker.seconds, beside, strict=True))
         share = setting.flops / seconds / peak
         rows.append(Row(name, seconds, tokens, tokens / seconds, share, worker.peak / 1e9, ratio))
     return rows
@@ -295,12 +316,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4, help="of each stack")
     parser.add_argument("--vocab", type=int, default=262_144)
-    parser.add_argument("--rows", type=int, default=4, help="examples of a step")
+    parser.add_argument("--rows", type=int, default=8, help="examples of a step")
     parser.add_argument("--tokens", default="512/128", help="SOURCE/TARGET of the longest example")
-    parser.add_argument("--lengths", default="equal", choices=["equal", "mixed"], help="of the examples")
+    parser.add_argument("--lengths", default="mixed", choices=["mixed", "equal"], help="of the examples")
     parser.add_argument("--variants", default="", help=f"names with semicolons between, of: {'; '.join(VARIANTS)}")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a tiny vocabulary and two rounds")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -309,11 +330,10 @@ def main() -> None:
         told = json.loads(args.worker[1])
         setting = Setting(**{**told, "lengths": tuple(map(tuple, told["lengths"]))})
         torch.set_num_threads(setting.threads)
-        options = VARIANTS[args.worker[0]]
-        if options.get("peer"):
+        if args.worker[0] == PEER:
             work_theirs(setting, Turns())
         else:
-            work_ours(setting, options, Turns())
+            work_ours(setting, VARIANTS[args.worker[0]], Turns())
         return
     if args.quick:
         args.vocab, args.hidden, args.layers, args.rounds, args.tokens = 4096, 64, 2, 2, "64/32"
@@ -336,8 +356,8 @@ def main() -> None:
     print(f"width {args.hidden}, {args.layers}+{args.layers} layers, {args.vocab:,} words, {lengths} tokens a step")
     for row in rows:
         print(
-            f"{row.variant:34} {row.tokens_per_second:8.0f} tokens/s  {row.utilisation:5.1%}  "
-            f"{row.peak_gigabytes:5.2f} GB  {row.ratio:.2f} x"
+            f"{row.variant:34} {row.step_seconds:6.2f} s  {row.tokens_per_second:8.0f} tokens/s  "
+            f"{row.utilisation:5.1%}  {row.peak_gigabytes:5.2f} GB  {row.ratio:.2f} x"
         )
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

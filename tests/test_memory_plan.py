@@ -130,7 +130,7 @@ def test_with_checkpointing_inputs_are_kept_and_one_layer_is_made_anew() -> None
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_the_loss_takes_what_the_allocator_gave(softcap: float | None) -> None:
     """bfloat16 states and head, as FSDP gathers them."""
-    vocab_size, width, tokens = 40_000, 64, 300  # the CPU's chunks: 64 tokens
+    vocab_size, width, tokens = 40_000, 64, 300  # three chunks of 100 on a CPU
     x = torch.randn(tokens, width).bfloat16().requires_grad_()
     head = torch.randn(vocab_size, width).bfloat16().requires_grad_()
     targets = torch.randint(0, vocab_size, (tokens,))

@@ -8,7 +8,7 @@ root unit, U in the largest layer, in bytes per device:
     sharded         4P/N weights + 8P/N moments + 4P/N gradients
     root            2E + 2E        its bfloat16 copy from the first layer to the last gradient, and its gradient
     layers          2 x 2U         the layer at work and the next one, gathered
-    at the loss     the gradient of the head in float32, that again scaled, the logits of a chunk
+    at the loss     the gradient of the head in float32, and in bfloat16; or the logits of a chunk beside the first
     at a layer      what its backward holds beside what the forward kept, and 4U to sum its gradients over devices
     at the end      4E to sum the root's gradients; no activations any more
 
@@ -168,7 +168,8 @@ def loss_peak(head: Sequence[int], tokens: int, softcap: float | None, *, device
         states, weight = (torch.empty(n, width, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, vocab_size))
         chunk = default_chunk_tokens(vocab_size, torch.device(device))
         with LiveBytes((states, weight)) as live:
-            swept_loss(states, weight, torch.empty(tokens), softcap, lambda here, y, wanted: y[:, 0], chunk).backward()
+            loss = swept_loss(states, weight, torch.empty(tokens), softcap, lambda here, y, wanted: y[:, 0], chunk)
+            loss.backward(torch.tensor(1.0))
     return live.peak
 
 

@@ -204,7 +204,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_chunks_shrink_as_the_vocabulary_grows() -> None:
     cpu = torch.device("cpu")
-    assert default_chunk_tokens(6_144, cpu) > default_chunk_tokens(262_144, cpu) == 64
+    assert default_chunk_tokens(6_144, cpu) > default_chunk_tokens(262_144, cpu) == 128
 
 
 MEASURE = """

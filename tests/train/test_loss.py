@@ -10,7 +10,8 @@ import torch
 
 from encore.data.batch import Batch
 from encore.data.layout import Row, lay_out
-from encore.train.loss import mean_loss, summed_loss
+from encore.objectives.losses import cross_entropy
+from encore.train.loss import mean_loss, summed_loss, target_states
 from encore.train.models import open_model
 
 EXAMPLES = [([2, 400, 401, 1], [410, 411, 412, 1]), ([2, 402, 1], [413, 1]), ([2, *range(403, 415), 1], [420, 421, 1])]
@@ -41,3 +42,28 @@ def test_packed_rows_lose_what_their_examples_do(tiny: Any, kind: str) -> None:
     for packed in found[1:]:
         for one, other in zip(packed, found[0], strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "t5gemma", "t5gemma2"])
+def test_lookups_take_no_matrix_beside_the_gradient_of_the_head(tiny: Any, kind: str) -> None:
+    encoder = kind != "gemma3_text"
+    recipe = tiny.recipe("t5gemma2" if encoder else "causal", f"model.architecture.model_type={kind}")
+    model = open_model(recipe.model, tiny.tokenizer, seed=3)
+    batch = batch_of([[0], [1], [2]], encoder=encoder)
+    head, targets = model.head_weight, batch.decoder_target_tokens.flatten()
+    states = target_states(model, batch).flatten(0, 1)
+    softcap = model.config.final_logit_softcapping
+    plain, _ = cross_entropy(states, head, targets, batch.decoder_loss_weights.flatten(), softcap)
+    (expected,) = torch.autograd.grad(plain, head)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        summed_loss(model, batch).backward()
+    events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    matrices = [event for event in events if event.name() == "[memory]" and event.nbytes() == head.nbytes]
+    assert len(matrices) == (2 if kind == "t5gemma" else 1)  # T5Gemma's encoder has an embedding of its own
+    assert head.grad is not None and head.grad.layout == torch.strided
+    torch.testing.assert_close(head.grad, expected, atol=1e-5, rtol=1e-5)
+    summed_loss(model, batch).backward()
+    torch.testing.assert_close(head.grad, 2 * expected, atol=1e-5, rtol=1e-5)
+    model.zero_grad()
+    target_states(model, batch).sum().backward()
+    assert head.grad is not None and head.grad.layout == torch.strided, "a loss without the head has dense gradients"

@@ -91,7 +91,9 @@ def pictures_of(plan: Recipe) -> tuple[T5Gemma, Pictures]:
 def test_a_small_model_learns_to_see(tmp_path: Path) -> None:
     train = write(tmp_path / "train.jsonl", draw(tmp_path, 64))
     held_out = draw(tmp_path, 16, seed=1)
-    result = tune(recipe(train, write(tmp_path / "held.jsonl", held_out)), tmp_path / "run", progress=Silent())
+    steps = dict.fromkeys(("train__steps", "train__evaluate_every_steps", "train__checkpoint_every_steps"), 240)
+    plan = recipe(train, write(tmp_path / "held.jsonl", held_out), **steps)
+    result = tune(plan, tmp_path / "run", progress=Silent())
     assert result.validation_losses[-1][1] < 0.3 < result.validation_losses[0][1]
     generator = TextGenerator.load(result.model_folder, vision=True)
     answers = generator.generate(

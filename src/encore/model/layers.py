@@ -56,17 +56,21 @@ class ScaledEmbedding(nn.Module):
 
     T5Gemma 2 adds one learned vector, not scaled, in place of the row of the end-of-image token; the head still uses
     the row (T5Gemma 2 paper; absent elsewhere: `eoi_token_index=None`).
+
+    With `sparse_gradient` the lookup's gradient holds only the rows that were read: for a matrix that is the head too,
+    whose dense gradient takes them up (`train/loss.py`).
     """
 
     def __init__(self, vocab_size: int, size: int, eoi_token_index: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(vocab_size, size))
+        self.sparse_gradient = False
         self.eoi_token_index = eoi_token_index
         self.eoi_embedding = None if eoi_token_index is None else nn.Parameter(torch.zeros(size))
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         scale = torch.tensor(self.weight.shape[1] ** 0.5, dtype=self.weight.dtype).item()
-        x = F.embedding(tokens, self.weight) * scale
+        x = F.embedding(tokens, self.weight, sparse=self.sparse_gradient) * scale
         if self.eoi_embedding is not None and self.eoi_token_index < self.weight.shape[0]:  # pyright: ignore
             x = torch.where((tokens == self.eoi_token_index)[..., None], self.eoi_embedding, x)
         return x

@@ -11,6 +11,7 @@ the states (or autocast's), everything over the vocabulary in float32 or more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ May overwrite y. If gradients are wanted it leaves in y the gradient in y of sum
 """
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits held at once; on a CPU more than this is no faster
-SMALLEST_CHUNK_TOKENS = 64  # below, reading the head weight costs more than the products
+SMALLEST_CHUNK_TOKENS = 128  # below, reading the head weight and its gradient costs more than the products
 
 
 def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
@@ -72,8 +73,11 @@ class _SweptLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """From above comes 1 where the weights are already those of a mean: then the gradients go on as they are."""
+        (factor,) = grad_outputs
+        as_they_are = bool(factor == 1)
         scaled = [
-            None if gradient is None else (gradient * grad_outputs[0]).to(dtype)
+            None if gradient is None else (gradient if as_they_are else gradient * factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None, None, None
@@ -92,16 +96,24 @@ def sweep(
     The head weight's gradient sums over chunks, so it is kept in float32 even where the products are in bfloat16.
     """
     precision = torch.promote_types(states.dtype, torch.float32)
-    losses = states.new_empty(len(states), dtype=precision)
+    number = len(states)
+    losses = states.new_empty(number, dtype=precision)
     grad_states = torch.empty_like(states) if wanted[0] else None
-    grad_weight = torch.zeros_like(head_weight, dtype=precision) if wanted[1] else None
+    grad_weight = None
+    if wanted[1]:
+        grad_weight = (torch.empty_like if number else torch.zeros_like)(head_weight, dtype=precision)
+    chunk = max(1, math.ceil(number / math.ceil(max(1, number) / chunk)))  # no fewer chunks, but all of one size
+    reused = states.dtype == precision and number > 0  # touching new memory takes as long as writing it twice
+    room = states.new_empty(chunk, len(head_weight)) if reused else None
+    room_for_slope = torch.empty_like(room) if room is not None and softcap is not None and any(wanted) else None
     with torch.autocast(states.device.type, enabled=False):
-        for start in range(0, len(states), chunk):
-            here = slice(start, min(start + chunk, len(states)))
-            logits = capped_logits(states[here], head_weight, softcap)
+        for start in range(0, number, chunk):
+            here = slice(start, min(start + chunk, number))
+            out, slope_out = (None if r is None else r[: here.stop - start] for r in (room, room_for_slope))
+            logits = capped_logits(states[here], head_weight, softcap, out=out)
             slope = None
             if softcap is not None and any(wanted):
-                slope = (logits / softcap).square_().neg_().add_(1)
+                slope = torch.div(logits, softcap, out=slope_out).square_().neg_().add_(1)
             losses[here] = score(here, logits, any(wanted))
             if not any(wanted):
                 continue
@@ -113,17 +125,25 @@ def sweep(
             if grad_weight is None:
                 continue
             if states.dtype == precision:
-                grad_weight.addmm_(grad_logits.t(), states[here])
-            else:
+                grad_weight.addmm_(grad_logits.t(), states[here], beta=min(start, 1))
+            elif start:
                 grad_weight.add_(grad_logits.t() @ states[here])
+            else:
+                grad_weight.copy_(grad_logits.t() @ states[here])
     return losses, grad_states, grad_weight
 
 
 def capped_logits(
-    states: Float[Tensor, "n D"], head_weight: Float[Tensor, "V D"], softcap: float | None
+    states: Float[Tensor, "n D"],
+    head_weight: Float[Tensor, "V D"],
+    softcap: float | None,
+    out: Float[Tensor, "n V"] | None = None,
 ) -> Float[Tensor, "n V"]:
-    """One chunk's logits after the soft-cap (y = c tanh(z / c)), in float32 or more; in a buffer of their own."""
-    logits = (states @ head_weight.t()).to(torch.promote_types(states.dtype, torch.float32))
+    """One chunk's logits after the soft-cap (y = c tanh(z / c)), in float32 or more; in `out`, else in a new buffer."""
+    if out is None:
+        logits = (states @ head_weight.t()).to(torch.promote_types(states.dtype, torch.float32))
+    else:
+        logits = torch.mm(states, head_weight.t(), out=out)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 

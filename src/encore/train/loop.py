@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from encore.train.trackers import open_metrics
 
 Evaluate = Callable[[Model], dict[str, float]]
 Loss = Callable[[Model, Batch], Tensor]
-"""A model and a batch -> the weighted sum over its tokens, in nats; the step divides by the batches' total weight."""
+"""A model and a batch -> the weighted sum over its tokens, in nats; a step's weights come divided by their total."""
 
 _SMOOTHING = 0.9
 _SETTLING_STEPS = 10  # before this the smoothed loss is not compared with
@@ -226,7 +226,9 @@ class _Fit:
         for number, batch in enumerate(batches):
             synchronise_gradients(self.model, number == len(batches) - 1)
             with self._products():
-                part = self.loss(self.model, self.processes.rows(batch).to(self.device)) / total_weight
+                rows = self.processes.rows(batch).to(self.device)
+                weights = rows.decoder_loss_weights / total_weight
+                part = self.loss(self.model, replace(rows, decoder_loss_weights=weights))
             parts.append(part.detach())
             part.backward()
         losses = self.processes.total_losses(torch.stack(parts).tolist())

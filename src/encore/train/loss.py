@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from encore.data.batch import Batch
 from encore.model.gemma import Gemma
@@ -19,15 +20,35 @@ Model = Gemma | T5Gemma
 
 def summed_loss(model: Model, batch: Batch) -> Tensor:
     """Sum over the batch of loss weight x negative log-likelihood, in nats; differentiable."""
-    states = target_states(model, batch)
+    with _lookups_added_to_head(model) as head:
+        states = target_states(model, batch)
     loss, _ = cross_entropy(
         states.flatten(0, 1),
-        model.head_weight,
+        model.head_weight if head is None else head,
         batch.decoder_target_tokens.flatten(),
         batch.decoder_loss_weights.flatten(),
         model.config.final_logit_softcapping,
     )
     return loss
+
+
+@contextmanager
+def _lookups_added_to_head(model: Model) -> Iterator[Tensor | None]:
+    """The head weight, of which lookups made meanwhile have sparse gradients: the sum is dense, and only one (V, D).
+
+    Autograd works backwards, from what was made last. This alias of the matrix is older than the lookups, so the dense
+    gradient meets theirs when they are known, and takes them up in place; the other way round it would be copied.
+    None where the matrix is spread over processes: it is gathered only later.
+    """
+    weight, embedding = model.head_weight, (model.decoder if isinstance(model, T5Gemma) else model).embed_tokens
+    if type(weight) is not nn.Parameter or embedding.weight is not weight or not torch.is_grad_enabled():
+        yield None
+        return
+    embedding.sparse_gradient = True
+    try:
+        yield torch.ops.aten.alias(weight)
+    finally:
+        embedding.sparse_gradient = False
 
 
 def target_states(model: Model, batch: Batch) -> Float[Tensor, "B T D"]:
