@@ -27,7 +27,15 @@ from typing import Any
 
 from peers import PEERS, SIZES, missing
 
-BITS = {"int8": 8.25, "int4": 5.0, "bf16": 16.0, "float32": 32.0}
+from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS, PackedKind
+
+
+def _bits(weights: PackedKind) -> float:
+    """Of a weight, with its part of the scale."""
+    return PACKED_BITS[weights][0] + 32 / DEFAULT_BLOCK_SIZES[weights]
+
+
+BITS = {"int8": _bits("int8"), "int4": _bits("int4"), "bf16": 16.0, "float32": 32.0}
 CACHE = Path(os.environ.get("ENCORE_CACHE") or Path.home() / ".cache" / "encore") / "benchmarks"
 
 

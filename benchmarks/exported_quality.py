@@ -3,9 +3,11 @@
     python benchmarks/exported_quality.py --sentences 1000
     python benchmarks/exported_quality.py --sentences 200 --only int4/32,int4/32/gptq
 
-One row per way to run it, named WEIGHTS/BLOCK[/gptq][/cache8][/rows]: bits per weight (scales included), folder size,
-loss of the references in nats per token, BLEU and chrF against all references, and how many answers are, letter for
-letter, those of torch in float32. Without gptq weights are rounded to nearest; gptq reads pairs of the training data.
+One row per way to run it, named WEIGHTS/BLOCK[/gptq][/cache8][/blocks]: bits per weight (scales included), folder
+size, loss of the references in nats per token, BLEU and chrF against all references, and how many answers are, letter
+for letter, those of torch in float32. Without gptq weights are rounded to nearest; gptq reads pairs of the training
+data. The encoder's layers are int8 with a scale for each token (`--activations int8-rows`); with blocks or gptq they
+are packed like the decoder's.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ WAYS = (
     "float32/0/cache8",
     "int8/128",
     "int8/128/cache8",
-    "int8/128/rows",
+    "int8/128/blocks",
     *(f"{weights}/{block}{method}" for weights in ("int8-head-int4", "int4") for block in (32, 64, 128)
-      for method in ("", "/gptq")),
+      for method in ("", "/blocks", "/gptq")),
 )  # fmt: skip
 
 
@@ -69,7 +71,7 @@ def write(model: str, way: str, scratch: Path, num_examples: int) -> tuple[Path,
         kind, files = cast(PackedKind, weights), (CALIBRATION,)
         quantize(model, source, kind, block_size=block_size, calibrate=files, num_examples=num_examples, force=True)
     cache = "int8" if "cache8" in rest else "float32"
-    activations = "int8-rows" if "rows" in rest else "int8"
+    activations = "int8" if {"blocks", "gptq"} & set(rest) else "int8-rows"
     options = {"block_size": block_size, "cache": cache, "activations": activations, "force": True}
     written = export(source, out, weights, **options)  # pyright: ignore
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -27,6 +27,8 @@ from typing import Any
 from cpu_generate import CACHE
 from peers import SIZES, exported, our_checkpoint
 
+from encore.tokenizer_index import build_index
+
 SHORT = "Good morning."
 WORDS = "the small boat left the harbour before noon while two old men watched from a bench and spoke of rain"
 LONG = " ".join((WORDS.split() * 2)[:32])
@@ -35,7 +37,7 @@ MERGES = 514_906
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A BPE tokenizer with Gemma 3's pipeline and special tokens, of random pieces: each joins two earlier ones."""
+    """A BPE tokenizer with Gemma 3's pipeline and special tokens, whose pieces are all parts of random words."""
     import numpy as np
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -44,28 +46,22 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
     images = ("<start_of_image>", "<end_of_image>")
     tail = [*images, *(f"<unused{i}>" for i in range(99, 6242))] if vocab_size > 100_000 else list(images)
+    letters = [chr(i) for i in (*range(0x61, 0x7B), *range(0xE0, 0x100))]
     pieces = ["\n", SPACE, *map(chr, range(0x21, 0x7F)), *map(chr, range(0xA1, 0x180))]
     count = vocab_size - len(FRONT) - len(BYTES) - len(tail)
+    more = MERGES * vocab_size // 262_144 - (count - len(pieces))
     known, merges = set(pieces), []
     rng = np.random.default_rng(0)
     while len(pieces) < count:
-        # Squares favour early pieces, which are short and common, as frequencies in text do.
-        for left, right in rng.random((count, 2)) ** 2:
-            one, other = pieces[int(left * len(pieces))], pieces[int(right * len(pieces))]
-            joined = one + other
-            if len(joined) <= 16 and SPACE not in other and joined not in known:
-                known.add(joined)
-                pieces.append(joined)
-                merges.append((one, other))
-            if len(pieces) == count:
-                break
-    wanted = MERGES * vocab_size // 262_144
-    seen = set(merges)
-    for piece in pieces:
-        for place in range(1, len(piece)):
-            pair = (piece[:place], piece[place:])
-            if len(merges) < wanted and pair not in seen and known.issuperset(pair):
-                merges.append(pair)
+        word = SPACE + "".join(rng.choice(letters, 8))
+        parts = [word[start : start + length] for length in range(2, 10) for start in range(10 - length)]
+        for part in parts:  # short ones first, so both sides of any cut are pieces
+            if part not in known and len(pieces) < count:
+                known.add(part)
+                pieces.append(part)
+                cuts = [(part[:place], part[place:]) for place in range(1, len(part))][: 1 + more]
+                more -= len(cuts) - 1
+                merges += cuts
     names = [*FRONT, *BYTES, *pieces, *tail]
     model = models.BPE(
         {name: i for i, name in enumerate(names)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
@@ -88,6 +84,7 @@ def prepare(size: str, weights: str, cache: Path) -> Path:
     folder = exported(our_checkpoint(size, cache), weights, 1).manifest.folder
     if not (folder / "tokenizer.json").is_file():
         write_tokenizer(folder, SIZES[size]["vocab"])
+        build_index(folder / "tokenizer.json")  # as `encore export` does
     return folder
 
 

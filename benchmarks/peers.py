@@ -249,17 +249,18 @@ def our_checkpoint(size: str, folder: Path) -> Path:
     return path
 
 
-def exported(checkpoint: Path, weights: str, threads: int) -> Any:
+def exported(checkpoint: Path, weights: Any, threads: int) -> Any:
     """The exported model, made if it is not there or was made by another version."""
     from encore.export import ExportError
     from encore.export.folder import export
     from encore.generate.onnx_backend import OnnxModel
+    from encore.quantize.blocks import DEFAULT_BLOCK_SIZES
 
-    path = checkpoint.with_name(f"{checkpoint.name}-{weights}")
+    path = checkpoint.with_name(f"{checkpoint.name}-{weights}-{DEFAULT_BLOCK_SIZES[weights]}")
     try:
         return OnnxModel.load(path, threads=threads)
     except (ExportError, ValueError):
-        export(checkpoint, path, weights, force=True)  # pyright: ignore[reportArgumentType]
+        export(checkpoint, path, weights, force=True)
         return OnnxModel.load(path, threads=threads)
 
 

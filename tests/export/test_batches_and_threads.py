@@ -68,9 +68,9 @@ CASES = [
     ("t5gemma2", "float32", {}),
     ("t5gemma2", "int8", {"activations": "float32"}),
     ("t5gemma", "int4", {"activations": "float32"}),
-    ("t5gemma", "int8", {}),
-    ("t5gemma2", "int8", {}),
-    ("t5gemma2", "int4", {}),
+    ("t5gemma", "int8", {"activations": "int8"}),
+    ("t5gemma2", "int8", {"activations": "int8"}),
+    ("t5gemma2", "int4", {"activations": "int8"}),
     ("t5gemma", "int8", {"activations": "int8-rows"}),
 ]
 
@@ -96,8 +96,8 @@ def test_a_row_of_a_batch_is_the_row_alone(
     [
         ("float32", {}),
         ("int8", {"activations": "float32"}),
-        ("int8", {}),
-        ("int4", {}),
+        ("int8", {"activations": "int8"}),
+        ("int4", {"activations": "int8"}),
         ("int8", {"activations": "int8-rows"}),
     ],
 )

@@ -46,12 +46,14 @@ def test_provenance_states_bits_and_error(whole: Path, make: Callable, tmp_path:
     model, folder = make("t5gemma2")
     matrices = [p for p in model.parameters() if p.dim() == 2]
     assert said["parameters_in_matrices"] == sum(p.numel() for p in matrices)
-    assert (said["weights"], said["block_size"], said["activations"]) == ("int4", 32, "int8")
-    padded = sum(p.shape[0] * -(-p.shape[1] // 32) * (16 + 4) for p in matrices)
-    assert said["bits_per_weight"] == pytest.approx(8 * padded / said["parameters_in_matrices"], abs=1e-3)
+    assert (said["weights"], said["block_size"], said["activations"]) == ("int4", 32, "int8-rows")
+    of_encoder = {p for name, p in model.named_parameters() if name.startswith("encoder.layers")}
+    by_rows = sum(p.shape[0] * (p.shape[1] + 4) for p in matrices if p in of_encoder)
+    padded = sum(p.shape[0] * -(-p.shape[1] // 32) * (16 + 4) for p in matrices if p not in of_encoder)
+    assert said["bits_per_weight"] == pytest.approx(8 * (by_rows + padded) / said["parameters_in_matrices"], abs=1e-3)
     assert 0.05 < said["error"]["relative"] <= said["error"]["worst"] < 0.15
     assert set(said["source"]["sha256"]) == {"config.json", "model.safetensors"}
-    eight = export(folder, tmp_path / "int8", "int8", block_size=32)
+    eight = export(folder, tmp_path / "int8", "int8", block_size=32, activations="int8")
     assert eight.error < 0.1 * said["error"]["relative"]
     told: list[tuple[int, int]] = []
     exact = export(folder, tmp_path / "float32", "float32", progress=lambda *seen: told.append(seen))
@@ -68,9 +70,10 @@ def test_embedding_and_head_share_one_matrix(whole: Path) -> None:
 
     step, encoder, memory = places("step"), places("encoder"), places("memory")
     name = "encoder.embed_tokens.weight.codes"
-    assert step[name] == encoder[name]
-    head = next(n for n in onnx.load(whole / "step.onnx", load_external_data=False).graph.node[::-1] if n.input)
-    assert head.op_type == "Identity"
+    assert step[name] == encoder[f"{name}_of_rows"]
+    nodes = onnx.load(whole / "step.onnx", load_external_data=False).graph.node
+    head = next(node for node in nodes if "logits" in node.output)
+    assert name in head.input
     assert len(memory) == 2 * 4, "keys and values of every layer, codes and scales"
     size = (whole / WEIGHTS_FILE).stat().st_size
     said = json.loads((whole / MANIFEST_FILE).read_text())
@@ -109,10 +112,10 @@ def test_missing_and_damaged_files_are_named(copied: Path, name: str) -> None:
     [
         ("{", "is not valid JSON"),
         ("[]", "has the format"),
-        ('{"format": 99}', "has the format 99, this version reads 2"),
-        ('{"format": 2, "files": {}}', "does not name its files and parts"),
-        ('{"format": 2, "files": {}, "parts": ["encoder", "../x"]}', "some are unknown or missing"),
-        ('{"format": 2, "files": {}, "parts": ["encoder"]}', "does not describe encoder.onnx"),
+        ('{"format": 99}', "has the format 99, this version reads 3"),
+        ('{"format": 3, "files": {}}', "does not name its files and parts"),
+        ('{"format": 3, "files": {}, "parts": ["encoder", "../x"]}', "some are unknown or missing"),
+        ('{"format": 3, "files": {}, "parts": ["encoder"]}', "does not describe encoder.onnx"),
     ],
 )
 def test_odd_manifests_are_refused(copied: Path, text: str, message: str) -> None:

@@ -98,22 +98,34 @@ def test_one_kind_of_layer_alone(exported: Callable, kind: str, layer: str) -> N
 @each_kind
 def test_long_sources_go_through_in_blocks(exported: Callable, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, graphs = exported(kind)
-    lengths = [200, 77]
+    lengths = [200, 0, 77]
     whole = both(model, graphs, lengths, 4)
-    monkeypatch.setattr(onnx_inputs, "MAX_SCORES", 2 * 4 * 200 * 50)
+    stack = graphs.config.encoder
+    groups = stack.num_attention_heads // stack.num_key_value_heads
+    monkeypatch.setattr(onnx_inputs, "MAX_SCORES", groups * 200 * 50)
+    monkeypatch.setattr(onnx_inputs, "TOKEN_BLOCK", 100)
     feeds = onnx_inputs.encoder_feeds(graphs.config, draw(*lengths))
-    assert feeds["global_blocks"][0] > 1 and len(feeds["local_keys"]) > 1
+    capped = stack.attn_logit_softcapping is not None
+    assert len(feeds["global_blocks"]) == stack.num_key_value_heads * (4 + 2 if capped else 2)
+    assert len(feeds["local_blocks"]) > len(feeds["global_blocks"]) and len(feeds["token_blocks"]) == 3
     expected, found, states = both(model, graphs, lengths, 4)
     assert states < 1e-4 and np.abs(found - expected).max() < 1e-4
     assert np.abs(found - whole[1]).max() < 1e-4
 
 
-def test_local_layers_read_a_band_of_keys(exported: Callable) -> None:
+def test_local_layers_read_a_band_of_keys_and_nothing_is_padding(exported: Callable) -> None:
     _, graphs = exported("t5gemma2")
-    for length in (1_000, 4_000):
-        feeds = onnx_inputs.encoder_feeds(graphs.config, draw(length))
-        (blocks, reached), (rows, _) = feeds["local_keys"].shape, feeds["local_window"].shape
-        assert blocks * rows >= length and blocks * rows * reached <= 1.1 * (W + rows) * length
+    heads = graphs.config.encoder.num_key_value_heads
+    for lengths in ((1_000,), (4_000, 30, 0, 1)):
+        feeds = onnx_inputs.encoder_feeds(graphs.config, draw(*lengths))
+        assert feeds["tokens"].shape == (1, sum(lengths))
+        for name in ("local", "global"):
+            first, end, first_key, end_key = feeds[f"{name}_blocks"].T[:4]
+            asked = np.concatenate([np.arange(*part) for part in zip(first, end, strict=True)])
+            assert np.array_equal(asked, np.arange(heads * sum(lengths)))
+            scores = int(((end - first) * (end_key - first_key)).sum())
+            reached = [W + feeds["local_window"].shape[0] if name == "local" else length for length in lengths]
+            assert scores <= heads * sum(np.multiply(lengths, reached))
 
 
 @each_kind
@@ -145,6 +157,13 @@ class Rounded(nn.Linear):
         return F.linear(rounded(input, self.block_size), self.weight)
 
 
+class RoundedByRows(nn.Linear):
+    """A product with one scale for each token, as the encoder's are with activations "int8-rows"."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(rounded(input, input.shape[-1]), self.weight)
+
+
 def rounded(x: torch.Tensor, block_size: int) -> torch.Tensor:
     size = x.shape[-1]
     blocks = F.pad(x, (0, -size % block_size)).unflatten(-1, (-1, block_size))
@@ -161,13 +180,18 @@ def oracle(model: T5Gemma, weights: str, block_size: int, activations: str) -> T
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             if parameter.dim() == 2:
+                if activations == "int8-rows" and name.startswith("encoder.layers"):
+                    scale = parameter.abs().amax(dim=1, keepdim=True) / 63
+                    parameter.copy_((parameter / scale).round() * scale)
+                    continue
                 bits = vocabulary_bits if "embed_tokens" in name else layer_bits
                 packed = quantise(parameter.numpy(), bits, block_size)
                 parameter.copy_(torch.from_numpy(dequantise(*packed, bits, parameter.shape[1])))
-    if activations == "int8":
-        for module in copy.modules():
+    if activations != "float32":
+        for name, module in copy.named_modules():
             if isinstance(module, nn.Linear):
-                module.__class__ = Rounded
+                by_rows = activations == "int8-rows" and name.startswith("encoder.layers")
+                module.__class__ = RoundedByRows if by_rows else Rounded
                 module.block_size = block_size  # pyright: ignore
         cap = model.config.final_logit_softcapping
         copy.logits = lambda states: vocabulary_logits(rounded(states, block_size), copy.head_weight, cap)
@@ -214,7 +238,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("activations", ["float32", "int8"])
+@pytest.mark.parametrize("activations", ["float32", "int8", "int8-rows"])
 @pytest.mark.parametrize(["kind", "weights", "block_size"], CASES)
 def test_packed_weights_are_the_oracle(
     exported: Callable, kind: str, weights: str, block_size: int, activations: str

@@ -46,6 +46,7 @@ def test_a_step_of_several_tokens_is_torch(exported: Callable, kind: str, num_to
     found = [cache.advance(targets[:, :first]).copy()]
     for start in range(first, TARGET_TOKENS - num_tokens + 1, num_tokens):
         found.append(cache.advance(targets[:, start : start + num_tokens]).copy())
+        np.testing.assert_allclose(cache.log_sums, np.logaddexp.reduce(found[-1].astype(float), axis=2), atol=1e-5)
     together = np.concatenate(found, axis=1)
     expected = expected_logits(model, sources, targets)[:, : together.shape[1]]
     assert together.shape[1] > TARGET_TOKENS - num_tokens

@@ -20,7 +20,7 @@ from encore.generate.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    log_probability,
+    log_sum,
     sample,
 )
 
@@ -182,7 +182,9 @@ def test_the_log_probability_is_the_models_own(logits: np.ndarray, seed: int) ->
     chosen = SamplingSettings(temperature=0.5, top_k=3, repetition_penalty=2.0, seed=seed)
     token, logprob = sample(logits, chosen, chosen.generator(), [0])
     assert logprob == pytest.approx(float(np.log(softmax(logits)[token])), abs=1e-4)
-    assert logprob == log_probability(logits, token)
+    given = float(np.logaddexp.reduce(logits.astype(np.float64)))
+    assert log_sum(logits) == pytest.approx(given, abs=1e-5)
+    assert sample(logits, chosen, chosen.generator(), [0], given) == (token, float(logits[token]) - given)
 
 
 def test_the_same_seed_repeats_and_another_differs() -> None:

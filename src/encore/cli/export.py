@@ -29,13 +29,17 @@ def export(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 32, 64 or 128.", show_default="int8 128, int8-head-int4 64, int4 32"
+            help="Weights that share a scale: 32, 64 or 128.", show_default="int8 128, int4 64, int8-head-int4 64"
         ),
     ] = None,
     activations: Annotated[
-        Activations,
-        typer.Option(help="What packed weights are multiplied with: int8 is faster, int8-rows fastest, float32 exact."),
-    ] = "int8",
+        Activations | None,
+        typer.Option(
+            help="What packed weights are multiplied with: float32 is exact, int8 faster, int8-rows fastest (it has "
+            "the encoder's layers in int8, whatever WEIGHTS says).",
+            show_default="int8-rows, or int8 for a folder that is packed",
+        ),
+    ] = None,
     cache: Annotated[
         CacheKind,
         typer.Option(help="How keys and values are kept: int8 reads and holds a quarter, and costs a little."),

@@ -27,7 +27,7 @@ def quantize(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 32, 64 or 128.", show_default="int8 128, int8-head-int4 64, int4 32"
+            help="Weights that share a scale: 32, 64 or 128.", show_default="int8 128, int4 64, int8-head-int4 64"
         ),
     ] = None,
     calibrate: Annotated[

@@ -1,127 +1,181 @@
-"""encoder.onnx: source ids to states, at any source length, with nothing of size S x S in memory.
+"""encoder.onnx: source ids to states, at any source length, with nothing of size S x S in memory and no padding.
 
-Attention runs over blocks of queries in a Scan, whose body sees one block at a time:
+The sources of a batch lie one after the other, T tokens in all, and share the products. What would need much memory
+goes block by block through a Loop; the caller says what the blocks are (`generate/onnx_inputs.py`):
 
-    local layer    block n of C queries sees the J keys at `local_keys[n]`; `local_window` (C, J) is the same for every
-                   block, since a window moves with its queries; `local_hidden` hides what lies outside the source
-    global layer   a block sees all S keys; `hidden` (B, S) hides the padding
+    local layer     a row of `local_blocks` says which tokens ask and which are asked; `local_window` (C, 1, J) hides
+                    what lies outside a query's window: the same for every block, since a window moves with its queries
+    global layer    `global_blocks` likewise, without a mask: a source sees itself, and nothing else
+    feed-forward    some tokens at a time (`token_blocks`)
 
-The caller pads S to whole blocks and chooses C: one block for a short source, more for a long one
-(`generate/onnx_inputs.py`). Equations: T5Gemma paper, section 2; T5Gemma 2 paper, section 2.
+The G query heads of a key head are rows of one product, and key heads lie below one another, as further tokens. Global
+layers without a soft-cap are ONNX Runtime's fused attention (FlashAttention, Dao et al. 2022: scores in tiles that stay
+in the cache). Equations: T5Gemma paper, section 2; T5Gemma 2 paper, section 2.
+
+With activations "int8-rows" each row of a matrix and each token have one scale, so a product is one of integers
+(LLM.int8(), Dettmers et al. 2022, section 2.1: without its columns of outliers). Such products take a third of
+the time of those in blocks with scales of their own, whatever their bits, because processors multiply int8 four times
+as fast as float32 as long as nothing lies between two sums.
 """
 
 from __future__ import annotations
 
-import onnx
-from onnx import helper
+from collections.abc import Callable
+
+import numpy as np
+from onnx import TensorProto, helper
 
 from encore.config import LayerType, T5GemmaConfig
-from encore.export.graph import FLOAT, INT64, OURS, Graph, LayerGraph
+from encore.export.graph import FLOAT, INT8, INT64, OURS, LayerGraph
 from encore.export.manifest import Activations
-from encore.export.weights import Matrix, RowMatrix, WeightsFile
+from encore.export.weights import Matrix, WeightsFile
+
+PLACES = {"local": (1, 1, 1, 1, 2, 2), "global": (1, 1, 1, 1)}
+"""The parts of a block's row: first query, their end, first key, their end; where its part of `local_window` (rows,
+columns) begins, and where it ends."""
 
 
 class EncoderGraph(LayerGraph):
     def __init__(self, config: T5GemmaConfig, file: WeightsFile, bits: int | None, activations: Activations) -> None:
         super().__init__("encoder", activations, config.encoder, "encoder.", file, bits)
         self.config = config
-        self.by_rows = activations == "int8-rows"
+        self.by_rows = activations == "int8-rows" and bits is not None
 
     def build(self, table: Matrix) -> None:
         """`table`: the embedding that the encoder reads."""
         stack = self.stack
-        tokens = self.input("tokens", INT64, ["B", "S"])
-        kinds: list[LayerType] = list(dict.fromkeys(stack.layer_types))
-        for kind in kinds:
+        tokens = self.input("tokens", INT64, [1, "T"])
+        self.input("token_blocks", INT64, ["N", 2])
+        for name in dict.fromkeys(map(short, stack.layer_types)):
             for part in ("cos", "sin"):
-                self.input(f"{part}_{short(kind)}", FLOAT, ["S", stack.head_dim // 2])
-        if "sliding_attention" in kinds:
-            self.input("local_keys", INT64, ["N", "J"])
-            self.input("local_window", FLOAT, ["C", "J"])
-            self.input("local_hidden", FLOAT, ["N", "B", 1, 1, 1, "J"])
-        if "full_attention" in kinds:
-            self.input("global_blocks", INT64, [1])
-            self.input("hidden", FLOAT, ["B", 1, 1, 1, "S"])
+                self.input(f"{part}_{name}", FLOAT, ["T", stack.head_dim // 2])
+            self.input(f"{name}_blocks", INT64, [f"N_{name}", sum(PLACES[name])])
+            if name == "local":
+                self.input("local_window", FLOAT, ["C", 1, "J"])
         vector = None
         if self.config.model_type == "t5gemma2":
             name = "encoder.embed_tokens.eoi_embedding"
             vector = self.config.eoi_token_index, self.stored_weights.vector(name, stack.hidden_size)
+        self.node("SequenceEmpty", output="no_blocks")
         x = self.embedding(table, tokens, vector)
         h = self.norm(x, "layers.0.pre_self_attn_layernorm")
         for i, kind in enumerate(stack.layer_types):
             layer, last = f"layers.{i}.", i + 1 == stack.num_hidden_layers
-            part = self.norm(self._attention(h, layer, kind), f"{layer}post_self_attn_layernorm")
+            part = self.norm(self._attention(h, layer, short(kind)), f"{layer}post_self_attn_layernorm")
             h, x = self.add_and_norm(part, x, f"{layer}pre_feedforward_layernorm")
             following = "norm" if last else f"layers.{i + 1}.pre_self_attn_layernorm"
             part = self.feed_forward(h, layer)
             h, x = self.add_and_norm(part, x, following, "states" if last else None)
-        self.output("states", FLOAT, ["B", "S", stack.hidden_size])
+        self.output("states", FLOAT, [1, "T", stack.hidden_size])
 
-    def factor(self, layer: str, columns: int, **rows: int) -> Matrix | RowMatrix:
+    # --- products
+
+    def products(self, x: str, layer: str, columns: int, **rows: int) -> list[str]:
+        """x times each of some matrices (leaf name -> rows) of a layer: apart, since to split one result copies it."""
         if self.by_rows:
-            return self.file.matrix_by_rows(self.parts(layer, rows), columns)
-        return super().factor(layer, columns, **rows)
+            levels, scale = self._levels(x)
+            return [self.node("Mul", part, scale) for part in self._integer_products(levels, layer, columns, **rows)]
+        matrix, ends = self.matrix(layer, columns, **rows), np.cumsum(list(rows.values())).tolist()
+        return [self.linear(x, matrix.rows(end - n, end)) for n, end in zip(rows.values(), ends, strict=True)]
 
-    def _attention(self, h: str, layer: str, kind: LayerType) -> str:
+    def _levels(self, x: str) -> tuple[str, str]:
+        """x (1, T, K) rounded to 128 + int8, and what a level is worth for each token."""
+        largest, smallest = (self.node(kind, x, self.integers(-1)) for kind in ("ReduceMax", "ReduceMin"))
+        largest = self.node("Max", largest, self.node("Neg", smallest), self.constant(127 * 1e-20))
+        scale = self.node("Mul", largest, self.constant(1 / 127))
+        levels = self.node("QuantizeLinear", self.node("Div", x, scale), self.constant(1), self.constant(128, np.uint8))
+        return levels, scale
+
+    def _integer_products(self, levels: str, layer: str, columns: int, **rows: int) -> list[str]:
+        """Products with the matrices' scales in them, but not yet those of the tokens."""
+        found: list[str] = []
+        for part in rows.items():
+            matrix = self.file.matrix_by_rows(self.parts(layer, dict([part])), columns)
+            weight = self.stored(f"{matrix.name}.rows", matrix.values, INT8, (columns, matrix.num_rows))
+            scales = self.stored(f"{matrix.name}.row_scales", matrix.scales, FLOAT, (matrix.num_rows,))
+            inputs = [levels, weight, self.constant(1), scales, self.constant(128, np.uint8)]
+            found.append(self.node("MatMulIntegerToFloat", *inputs, domain=OURS))
+        return found
+
+    def feed_forward(self, x: str, layer: str) -> str:
+        """Some tokens at a time, so that what lies between the products stays in the cache."""
+
+        def part(places: str) -> str:
+            start, end = self.nodes_of("Split", [places, self.integers(1, 1)], 2, axis=0)
+            return self._feed_forward(self.node("Slice", x, start, end, self.integers(1)), f"{layer}mlp.")
+
+        x = self._in_blocks("token_blocks", f"{layer}mlp", part, axis=1)
+        return self.norm(x, f"{layer}post_feedforward_layernorm")
+
+    def _feed_forward(self, x: str, layer: str) -> str:
+        hidden, inner = self.stack.hidden_size, self.stack.intermediate_size
+        if not self.by_rows:
+            gate, up = self.products(x, layer, hidden, gate_proj=inner, up_proj=inner)
+            x = self.node("Mul", self.node("FastGelu", gate, domain=OURS), up)
+            return self.products(x, layer, inner, down_proj=hidden)[0]
+        levels, scale = self._levels(x)
+        gate, up = self._integer_products(levels, layer, hidden, gate_proj=inner, up_proj=inner)
+        x = self.node("Mul", self.node("FastGelu", self.node("Mul", gate, scale), domain=OURS), up)
+        # The tokens' scales, which `up` lacks, are multiplied in where there are fewest numbers: at the end.
+        return self.node("Mul", self.products(x, layer, inner, down_proj=hidden)[0], scale)
+
+    # --- attention
+
+    def _attention(self, h: str, layer: str, kind: str) -> str:
         stack, kv_heads = self.stack, self.stack.num_key_value_heads
-        matrix = self.factor(
-            f"{layer}self_attn.",
-            stack.hidden_size,
-            q_proj=self.query_size,
-            k_proj=self.key_size,
-            v_proj=self.key_size,
-        )
-        q, k, v = self.split(self.linear(h, matrix), self.query_size, self.key_size, self.key_size)
+        sizes = {"q_proj": self.query_size, "k_proj": self.key_size, "v_proj": self.key_size}
+        q, k, v = self.products(h, f"{layer}self_attn.", stack.hidden_size, **sizes)
         q = self._rotated(self.head_norm(q, layer, "self_attn.q_norm"), kind)
         k = self._rotated(self.head_norm(k, layer, "self_attn.k_norm"), kind)
-        keys, values = (
-            self.node(
-                "Unsqueeze",
-                self.node(
-                    "Transpose",
-                    self.node("Reshape", part, self.integers(0, 0, kv_heads, stack.head_dim)),
-                    perm=[0, 2, 1, 3],
-                ),
-                self.integers(2),
-            )
-            for part in (k, v)
-        )  # (B, K, 1, S, E)
-        local = kind == "sliding_attention"
-        blocks = self.node("Shape", "local_keys", end=1) if local else "global_blocks"
-        heads = self.integers(-1, kv_heads, self.groups, stack.head_dim)
-        shape = self.node("Concat", self.integers(0), blocks, heads, axis=0)
-        q = self.node("Transpose", self.node("Reshape", q, shape), perm=[1, 0, 3, 4, 2, 5])  # (N, B, K, G, C, E)
-        scanned = [q, "local_keys", "local_hidden"] if local else [q]
-        body = self._block(layer, keys, values, kind)
-        out = self.node("Scan", *scanned, num_scan_inputs=len(scanned), body=body)
-        out = self.node("Transpose", out, perm=[1, 0, 4, 2, 3, 5])
-        out = self.node("Reshape", out, self.integers(0, -1, self.query_size))
-        return self.linear(out, self.factor(f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size))
+        q = self.node("Reshape", self.by_key_head(q, self.groups), self.integers(-1, self.groups, stack.head_dim))
+        keys, values = (self.node("Reshape", self.by_key_head(x), self.integers(-1, stack.head_dim)) for x in (k, v))
 
-    def _rotated(self, x: str, kind: LayerType) -> str:
-        cos, sin = f"cos_{short(kind)}", f"sin_{short(kind)}"
-        return self.node("RotaryEmbedding", x, self.integers(0), cos, sin, domain=OURS)
+        def part(places: str) -> str:
+            parts = self.nodes_of("Split", [places, self.integers(*PLACES[kind])], len(PLACES[kind]), axis=0)
+            block = self.node("Slice", q, *parts[:2], self.integers(0))
+            seen = [self.node("Slice", x, *parts[2:4], self.integers(0)) for x in (keys, values)]
+            return self._attend(block, *seen, window=parts[4:])
 
-    def _block(self, layer: str, keys: str, values: str, kind: LayerType) -> onnx.GraphProto:
-        """Attention of one block of queries (B, K, G, C, E); keys and values are seen from outside."""
-        prefix = layer.replace(".", "_")
-        body = Graph(f"{layer}block", "float32", prefix)
-        inputs = [helper.make_tensor_value_info(f"{prefix}q", FLOAT, None)]
-        if kind == "sliding_attention":
-            inputs.append(helper.make_tensor_value_info(f"{prefix}keys", INT64, ["J"]))
-            inputs.append(helper.make_tensor_value_info(f"{prefix}hidden", FLOAT, ["B", 1, 1, 1, "J"]))
-            keys, values = (body.node("Gather", part, f"{prefix}keys", axis=3) for part in (keys, values))
-        scores = body.node("FusedMatMul", f"{prefix}q", keys, domain=OURS, transB=1, alpha=self.attention_scale)
+        out = self._in_blocks(f"{kind}_blocks", f"{layer}self_attn", part, axis=0)  # (K x T, G, E)
+        if kv_heads > 1:
+            out = self.node("Reshape", out, self.integers(kv_heads, -1, self.groups, stack.head_dim))
+            out = self.node("Transpose", out, perm=[1, 0, 2, 3])
+        out = self.node("Reshape", out, self.integers(1, -1, self.query_size))
+        return self.products(out, f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size)[0]
+
+    def _rotated(self, x: str, kind: str) -> str:
+        return self.node("RotaryEmbedding", x, self.integers(0), f"cos_{kind}", f"sin_{kind}", domain=OURS)
+
+    def _attend(self, q: str, keys: str, values: str, window: list[str]) -> str:
+        """Queries (C, G, E) over keys and values (J, E) -> (C, G, E). `window`: where its part begins, ends."""
         cap = self.stack.attn_logit_softcapping
-        scores = body.softcapped(scores, None if cap is None else self.constant(cap))
-        if kind == "sliding_attention":
-            scores = body.node("Add", body.node("Add", scores, "local_window"), f"{prefix}hidden")
-        else:
-            scores = body.node("Add", scores, "hidden")
-        weights = body.node("Softmax", scores, axis=-1)
-        body.node("MatMul", weights, values, output=f"{prefix}out")
-        result = helper.make_tensor_value_info(f"{prefix}out", FLOAT, None)
-        return helper.make_graph(body.nodes, f"{layer}block", inputs, [result])
+        if not window and cap is None:
+            parts = [self.node("Reshape", x, self.integers(1, -1, self.stack.head_dim)) for x in (q, keys, values)]
+            out = self.node("MultiHeadAttention", *parts, domain=OURS, num_heads=1, scale=self.attention_scale)
+            return self.node("Reshape", out, self.integers(-1, self.groups, self.stack.head_dim))
+        scores = self.fused_product(q, keys, self.attention_scale)
+        scores = self.softcapped(scores, None if cap is None else self.constant(cap))
+        if window:
+            scores = self.node("Add", scores, self.node("Slice", "local_window", *window, self.integers(0, 2)))
+        return self.node("MatMul", self.node("Softmax", scores, axis=-1), values)
+
+    def _in_blocks(self, table: str, label: str, part: Callable[[str], str], axis: int) -> str:
+        """What `part` makes of each row of a table of blocks, one behind the other along `axis`."""
+        nodes, prefix = self.nodes, self.prefix
+        self.nodes, self.prefix = [], f"{label.replace('.', '_')}_"
+        block, go_on, still, before, after = (
+            f"{self.prefix}{name}" for name in ("i", "go_on", "still", "before", "after")
+        )
+        result = part(self.node("Gather", table, block, axis=0))
+        self.node("SequenceInsert", before, result, output=after)
+        self.node("Identity", go_on, output=still)
+        value, sequence = helper.make_tensor_value_info, helper.make_tensor_sequence_value_info
+        inputs = [value(block, INT64, []), value(go_on, TensorProto.BOOL, []), sequence(before, FLOAT, None)]
+        outputs = [value(still, TensorProto.BOOL, []), sequence(after, FLOAT, None)]
+        body = helper.make_graph(self.nodes, label, inputs, outputs)
+        self.nodes, self.prefix = nodes, prefix
+        count = self.node("Squeeze", self.node("Shape", table, end=1))
+        return self.node("ConcatFromSequence", self.node("Loop", count, "", "no_blocks", body=body), axis=axis)
 
 
 def short(kind: LayerType) -> str:

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from encore.config import StackConfig
 from encore.export.manifest import WEIGHTS_FILE, Activations
-from encore.export.weights import Matrix, Place, RowMatrix, StoredWeights, WeightsFile
+from encore.export.weights import Matrix, Place, StoredWeights, WeightsFile
 
 OURS = "com.microsoft"
 OPSET, IR_VERSION = 21, 10
@@ -78,13 +78,13 @@ class Graph:
 
     def stored(self, name: str, place: Place, kind: int, shape: Sequence[int]) -> str:
         """An array of the weights file."""
-        if (place, tuple(shape)) not in self._known:
+        if name not in self._known:
             tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
             for key, value in (("location", WEIGHTS_FILE), ("offset", place.offset), ("length", place.num_bytes)):
                 tensor.external_data.add(key=key, value=str(value))
             self._initializers.append(tensor)
-            self._known[place, tuple(shape)] = name
-        return self._known[place, tuple(shape)]
+            self._known[name] = name
+        return name
 
     def save(self, path: Path) -> None:
         graph = helper.make_graph(self.nodes, self.name, self._inputs, self._outputs, self._initializers)
@@ -94,10 +94,8 @@ class Graph:
 
     # --- parts of layers
 
-    def linear(self, x: str, matrix: Matrix | RowMatrix) -> str:
+    def linear(self, x: str, matrix: Matrix) -> str:
         """x @ matrix'."""
-        if isinstance(matrix, RowMatrix):
-            return self._linear_by_rows(x, matrix)
         if matrix.bits is None:
             return self.fused_product(x, self.float_matrix(matrix))
         return self.node(
@@ -113,32 +111,24 @@ class Graph:
             accuracy_level=self.accuracy_level,
         )
 
-    def _linear_by_rows(self, x: str, matrix: RowMatrix) -> str:
-        """x rounded to int8 with a scale for each token, one product in integers, and the scales put back."""
-        largest = self.node("ReduceMax", self.node("Abs", x), self.integers(-1))
-        scale = self.node("Max", self.node("Mul", largest, self.constant(1 / 127)), self.constant(1e-20))
-        one, zero = self.constant(1), self.constant(128, np.uint8)
-        levels = self.node("QuantizeLinear", self.node("Div", x, scale), one, zero)
-        size = (matrix.num_columns, matrix.num_rows)
-        weight = self.stored(f"{matrix.name}.rows", matrix.values, INT8, size)
-        scales = self.stored(f"{matrix.name}.row_scales", matrix.scales, FLOAT, size[1:])
-        product = self.node("MatMulIntegerToFloat", levels, weight, one, scales, zero, domain=OURS)
-        return self.node("Mul", product, scale)
-
     def fused_product(self, x: str, y: str, factor: float = 1.0) -> str:
         """factor * x @ y'."""
         return self.node("FusedMatMul", x, y, domain=OURS, transB=1, alpha=factor)
 
     def rows_of(self, matrix: Matrix, tokens: str) -> str:
-        """The rows (B, T, K) of a matrix that stand at `tokens` (B, T)."""
+        """The rows (B, T, K) of a matrix that stand at `tokens` (B, T).
+
+        Where the graph multiplies with the matrix too, ONNX Runtime keeps a copy of its own order for that. These rows
+        are an array apart at the same place of the file, so that of the original only what is read stays in memory.
+        """
         if matrix.bits is None:
             return self.node("Gather", self.float_matrix(matrix), tokens, axis=0)
-        scales = self.stored(
-            f"{matrix.name}.scales_by_block", *_kind(matrix.scales), (matrix.num_rows, matrix.num_blocks, 1)
-        )
-        blocks = self.node(
+        blocks = (matrix.num_rows, matrix.num_blocks)
+        codes = self.stored(f"{matrix.name}.codes_of_rows", matrix.values, UINT8, (*blocks, matrix.block_bytes))
+        scales = self.stored(f"{matrix.name}.scales_of_rows", *_kind(matrix.scales), (*blocks, 1))
+        gathered = self.node(
             "GatherBlockQuantized",
-            self.codes(matrix),
+            codes,
             tokens,
             scales,
             domain=OURS,
@@ -147,7 +137,7 @@ class Graph:
             block_size=matrix.block_size,
             bits=matrix.bits,
         )
-        rows = self.node("Reshape", blocks, self.integers(0, 0, -1))
+        rows = self.node("Reshape", gathered, self.integers(0, 0, -1))
         if matrix.num_columns % matrix.block_size == 0:
             return rows
         return self.node("Slice", rows, self.integers(0), self.integers(matrix.num_columns), self.integers(2))
@@ -205,10 +195,6 @@ class LayerGraph(Graph):
     def parts(self, layer: str, rows: Mapping[str, int]) -> list[tuple[str, int]]:
         return [(f"{self.leaves}{layer}{leaf}.weight", count) for leaf, count in rows.items()]
 
-    def factor(self, layer: str, columns: int, **rows: int) -> Matrix | RowMatrix:
-        """`matrix`, in whatever form the graph multiplies with."""
-        return self.matrix(layer, columns, **rows)
-
     def scale(self, name: str, size: int | None = None) -> str:
         """1 + w of an RMSNorm."""
         weight = self.stored_weights.vector(f"{self.leaves}{name}.weight", size or self.stack.hidden_size)
@@ -261,10 +247,10 @@ class LayerGraph(Graph):
     def feed_forward(self, x: str, layer: str) -> str:
         """down(gelu(gate(x)) * up(x)), then its norm."""
         hidden, inner = self.stack.hidden_size, self.stack.intermediate_size
-        both = self.linear(x, self.factor(f"{layer}mlp.", hidden, gate_proj=inner, up_proj=inner))
+        both = self.linear(x, self.matrix(f"{layer}mlp.", hidden, gate_proj=inner, up_proj=inner))
         gate, up = self.split(both, inner, inner)
         x = self.node("Mul", self.node("FastGelu", gate, domain=OURS), up)
-        x = self.linear(x, self.factor(f"{layer}mlp.", inner, down_proj=hidden))
+        x = self.linear(x, self.matrix(f"{layer}mlp.", inner, down_proj=hidden))
         return self.norm(x, f"{layer}post_feedforward_layernorm")
 
 

@@ -20,7 +20,7 @@ from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS
 MANIFEST_FILE = "encore_export.json"
 WEIGHTS_FILE = "weights.bin"
 GRAPH_FILES = {"encoder": "encoder.onnx", "memory": "memory.onnx", "step": "step.onnx"}
-FORMAT = 2
+FORMAT = 3
 
 Weights = Literal["float32", "int8", "int4", "int8-head-int4"]
 Activations = Literal["float32", "int8", "int8-rows"]
@@ -95,8 +95,6 @@ def check_weights(weights: str, block_size: int | None, activations: str, cache:
         raise ExportError(f"weights is {weights!r}; expected one of {', '.join(BITS)}")
     if activations not in get_args(Activations):
         raise ExportError(f"activations is {activations!r}; expected one of {', '.join(get_args(Activations))}")
-    if activations == "int8-rows" and BITS[weights][0] != 8:
-        raise ExportError(f"activations is int8-rows, which asks for layers of 8 bits; weights is {weights}")
     if weights == "float32":
         if block_size is not None:
             raise ExportError(f"block_size is {block_size}, but float32 weights have no blocks; leave it out")

@@ -1,7 +1,8 @@
 """memory.onnx and step.onnx: what decoding needs.
 
     memory.onnx   states (B, S, D) -> for every decoder layer the keys (normed, not rotated) and values (B, K, S, E)
-    step.onnx     T >= 1 target ids per row -> logits (B, T, V); keys and values written into the caches in place
+    step.onnx     T >= 1 target ids per row -> logits (B, T, V); keys and values written into the caches in place;
+                  log_sums (B, T, P, 1), the logarithm of the summed exponentials of each P-th of the vocabulary
 
 The caller decides what lies where, so order, rings, unequal rows and forgotten tokens are its business alone
 (`generate/onnx_cache.py`). For every kind of layer it gives
@@ -17,6 +18,7 @@ kept of them, float32 or int8, is told in `attention.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from encore.config import LayerType, T5GemmaConfig
@@ -27,6 +29,9 @@ from encore.export.manifest import Activations, CacheKind
 from encore.export.weights import Matrix, WeightsFile
 
 KEY_NORM = "k_norm"
+
+PIECES = 64
+"""How many parts of the vocabulary the exponentials are summed in, at most."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,18 @@ class StepGraph(LayerGraph):
             h, x = self.add_and_norm(self.feed_forward(h, layer), x, following, "states" if last else None)
         logits = self.linear(h, table)
         cap = config.final_logit_softcapping
-        logits = self.softcapped(logits, None if cap is None else self.constant(cap))
-        self.node("Identity", logits, output="logits")
+        self.softcapped(logits, None if cap is None else self.constant(cap))
+        self.nodes[-1].output[0] = "logits"
         self.output("logits", FLOAT, ["B", "T", table.num_rows])
+        pieces = math.gcd(table.num_rows, PIECES)
+        self._log_sums(self.node("Reshape", "logits", self.integers(0, 0, pieces, -1)))
+        self.output("log_sums", FLOAT, ["B", "T", pieces, 1])
+
+    def _log_sums(self, logits: str) -> None:
+        """Piece by piece, so that threads share the vocabulary of one token."""
+        largest = self.node("ReduceMax", logits, self.integers(-1))
+        total = self.node("ReduceSum", self.node("Exp", self.node("Sub", logits, largest)), self.integers(-1))
+        self.node("Add", self.node("Log", total), largest, output="log_sums")
 
     def _self_attention(self, h: str, i: int, kind: LayerType) -> str:
         """Over the cache of the layer, which the new keys and values are written to first."""

@@ -11,11 +11,13 @@ a step is one call. A step takes one token of each row, or several; rows may dif
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ from encore.checkpoint.config_json import read_config_file
 from encore.checkpoint.hub import resolve
 from encore.config import T5GemmaConfig
 from encore.export import ExportError
-from encore.export.manifest import Manifest, check_folder
+from encore.export.manifest import GRAPH_FILES, Manifest, check_folder
 from encore.generate.chunks import Chunks, groups_of
 from encore.generate.memory import MemoryPlan, plan
 from encore.generate.onnx_cache import OnnxCache
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 MAX_LOGITS = 1 << 23
 """Logits that scoring holds at a time: 32 positions at a vocabulary of 262,144, 32 MiB."""
 
-MEMORY_SLICE = 1024
+MEMORY_SLICE = 256
 """Source positions whose keys and values are computed at a time, so that they are never held twice."""
 
 
@@ -72,7 +74,7 @@ class OnnxMemory:
 class OnnxModel:
     """An exported encoder-decoder, or its encoder alone."""
 
-    def __init__(self, manifest: Manifest, config: T5GemmaConfig, sessions: dict[str, InferenceSession]) -> None:
+    def __init__(self, manifest: Manifest, config: T5GemmaConfig, sessions: Mapping[str, InferenceSession]) -> None:
         self.manifest, self.config, self._sessions = manifest, config, sessions
 
     @classmethod
@@ -82,16 +84,21 @@ class OnnxModel:
         *,
         threads: int | None = None,
         part: Literal["all", "encoder"] = "all",
+        wait: bool = True,
     ) -> OnnxModel:
-        """Open a folder that `encore export` wrote; `threads` None = one per core. Raises ExportError."""
+        """Open a folder that `encore export` wrote; `threads` None = one per core. Raises ExportError.
+
+        The graphs are opened side by side. With `wait` False each is waited for where it is first used, which then may
+        raise ExportError too; that every file is whole has been checked by now in any case.
+        """
         folder = resolve(name_or_folder)
         manifest = check_folder(folder)
         config = read_config_file(folder)
         if not isinstance(config, T5GemmaConfig):
             raise ExportError(f"{folder}/config.json describes a {config.model_type}, which has no encoder")
         wanted = ("encoder",) if part == "encoder" else ("encoder", "memory", "step")
-        paths = {name: manifest.graph(name) for name in wanted}
-        return cls(manifest, config, {name: _session(path, threads) for name, path in paths.items()})
+        sessions = Sessions({name: manifest.graph(name) for name in wanted}, threads)
+        return cls(manifest, config, dict(sessions) if wait else sessions)
 
     def encode(self, sources: Sequence[Sequence[int]]) -> OnnxMemory:
         """Sources of ids (padded to a batch here) to a memory."""
@@ -100,9 +107,15 @@ class OnnxModel:
         if any(isinstance(source, Chunks) for source in sources):
             return OnnxMemory.join([[self.encode(group) for group in groups_of(source)] for source in sources])
         feeds = encoder_feeds(self.config, sources)
-        (states,) = self._sessions["encoder"].run(["states"], feeds)
+        (states,) = map(np.asarray, self._sessions["encoder"].run(["states"], feeds, giving_back()))  # (1, T, D)
         lengths = np.array([len(source) for source in sources], np.int64)
-        return OnnxMemory(np.asarray(states)[:, : max(1, int(lengths.max()))], lengths)
+        if len(sources) > 1:
+            ends = np.cumsum(lengths)
+            rows = np.zeros((len(sources), max(1, int(lengths.max())), states.shape[2]), np.float32)
+            for row, length, end in zip(rows, lengths, ends, strict=True):
+                row[:length] = states[0, end - length : end]
+            states = rows
+        return OnnxMemory(states, lengths)
 
     def make_cache(self, memory: OnnxMemory, max_target_tokens: int, step_tokens: int = 1) -> OnnxCache:
         """Keys and values of the memory, computed once, and room for `max_target_tokens` tokens a row.
@@ -114,7 +127,7 @@ class OnnxModel:
         names = [value.name for value in session.get_outputs()]
         for start in range(0, int(memory.lengths.max()), MEMORY_SLICE):
             part = np.ascontiguousarray(memory.states[:, start : start + MEMORY_SLICE])
-            computed = session.run(names, {"states": part})
+            computed = session.run(names, {"states": part}, giving_back())
             cache.put_memory(start, dict(zip(names, map(np.asarray, computed), strict=True)))
         return cache
 
@@ -180,15 +193,51 @@ def log_probabilities(
     return found
 
 
+class Sessions(Mapping[str, "InferenceSession"]):
+    """Graphs that are being opened, each in a thread of its own; reading one waits for it.
+
+    Most of the time goes to ONNX Runtime's own copy of the packed weights, for which it uses one thread.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], threads: int | None) -> None:
+        try:
+            import onnxruntime as onnxruntime
+        except ModuleNotFoundError as error:
+            raise ExportError("exported folders need onnxruntime; install it with: pip install onnxruntime") from error
+        pool = ThreadPoolExecutor(len(paths))
+        self._opening: dict[str, Future[InferenceSession]] = {
+            name: pool.submit(_session, path, threads) for name, path in paths.items()
+        }
+        pool.shutdown(wait=False)
+
+    def __getitem__(self, name: str) -> InferenceSession:
+        return self._opening[name].result()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opening)
+
+    def __len__(self) -> int:
+        return len(self._opening)
+
+
+@functools.cache
+def giving_back() -> Any:
+    """Runs after which the memory of intermediate results is free again, for another graph too."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def _session(path: Path, threads: int | None) -> InferenceSession:
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ExportError("exported folders need onnxruntime; install it with: pip install onnxruntime") from error
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.enable_mem_pattern = path.name == GRAPH_FILES["step"]  # others would keep memory for every length they saw
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen classes of its own, without a common one

@@ -1,29 +1,36 @@
-"""What the exported encoder is fed with beside the ids: rotations, blocks of queries, who sees whom. numpy only.
+"""What the exported encoder is fed with beside the ids: rotations, and blocks of queries. numpy only.
 
-A short source is one block that sees everything. A longer one is cut into blocks, so that a local layer computes
-O(S x window) scores and a global one holds no more than a block's rows of them at a time.
+The sources of a batch lie one after the other, so none is padded. A local layer goes through each in blocks of queries,
+with the keys that these reach, so that it computes O(S x window) scores; a global one whole, or in blocks as well where
+the graph holds the scores that it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from encore.config import Rope, StackConfig, T5GemmaConfig
+from encore.config import Rope, T5GemmaConfig
 
 HIDDEN = np.float32(-1e30)
 """As in `export/graph.py`: what hides a key from a softmax without making a NaN."""
 
 MAX_SCORES = 1 << 23
-"""Scores that a global layer of the encoder holds at a time: 32 MiB."""
+"""Scores that are held at a time: 32 MiB."""
 
-MIN_BLOCK, MAX_BLOCK = 32, 512
-"""Queries per block of a local layer: about half of what a query sees, within these bounds."""
+MIN_BLOCK, MAX_BLOCK = 32, 128
+"""Queries per block of a local layer: about a quarter of what a query sees, within these bounds. Smaller ones compute
+fewer scores outside the window, larger ones pay less for reading the keys; 64 to 128 were equally fast at 512."""
+
+TOKEN_BLOCK = 512
+"""Tokens that go through a feed-forward part at a time: what lies between its products stays in the cache."""
 
 Feeds = dict[str, NDArray[Any]]
+Block = tuple[int, int, int, int]
 
 
 def rotation(rope: Rope, head_dim: int, num_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -41,53 +48,54 @@ def reach(config: T5GemmaConfig) -> tuple[int, int]:
 
 
 def encoder_feeds(config: T5GemmaConfig, sources: Sequence[Sequence[int]]) -> Feeds:
-    """All inputs of encoder.onnx for a batch of ids; rows are padded on the right to whole blocks."""
+    """All inputs of encoder.onnx for a batch of ids, which lie one after the other."""
     stack = config.encoder
-    lengths = np.array([len(source) for source in sources], np.int64)
-    longest = max(1, int(lengths.max(initial=0)))
-    left, right = reach(config)
-    local_block = longest
-    if "sliding_attention" in stack.layer_types and longest > 2 * (left + right + 1) and longest > 2 * MIN_BLOCK:
-        local_block = int(np.clip((left + right + 1) // 2, MIN_BLOCK, MAX_BLOCK))
-    num_blocks = 1
-    if "full_attention" in stack.layer_types:
-        rows = max(MIN_BLOCK, MAX_SCORES // (len(sources) * stack.num_attention_heads * longest))
-        num_blocks = -(-longest // rows)
-    unit = local_block if local_block < longest else 1  # a global block is made of whole local ones
-    global_block = -(-longest // (num_blocks * unit)) * unit
-    num_tokens = -(-longest // global_block) * global_block
-    if unit == 1:
-        local_block = num_tokens
-    tokens = np.full((len(sources), num_tokens), config.pad_token_id, np.int64)
-    for row, source in enumerate(sources):
-        tokens[row, : len(source)] = source
-    feeds: Feeds = {"tokens": tokens}
+    if not any(map(len, sources)):
+        sources = [[config.pad_token_id]]
+    lengths = [len(source) for source in sources]
+    feeds: Feeds = {
+        "tokens": np.concatenate([np.asarray(source, np.int64) for source in sources])[None],
+    }
+    starts = np.arange(0, sum(lengths), TOKEN_BLOCK)
+    feeds["token_blocks"] = np.stack([starts, np.minimum(starts + TOKEN_BLOCK, sum(lengths))], axis=1)
+    longest, (left, right) = max(lengths), reach(config)
     for kind in dict.fromkeys(stack.layer_types):
         name = "local" if kind == "sliding_attention" else "global"
-        feeds[f"cos_{name}"], feeds[f"sin_{name}"] = rotation(stack.rope(kind), stack.head_dim, num_tokens)
-    if "full_attention" in stack.layer_types:
-        real = np.arange(num_tokens) < lengths[:, None]
-        feeds["hidden"] = np.where(real, np.float32(0), HIDDEN)[:, None, None, None, :]
-        feeds["global_blocks"] = np.array([num_tokens // global_block], np.int64)
-    if "sliding_attention" in stack.layer_types:
-        feeds.update(_local_feeds(stack, lengths, num_tokens, local_block, left, right))
+        for part, values in zip(("cos", "sin"), rotation(stack.rope(kind), stack.head_dim, longest), strict=True):
+            feeds[f"{part}_{name}"] = np.concatenate([values[:length] for length in lengths])
+        before, after, block = longest, longest, longest
+        if name == "local":
+            before, after = min(left, longest), min(right, longest)
+            block = int(np.clip((left + right + 1) // 4, MIN_BLOCK, MAX_BLOCK))
+        if name == "local" or stack.attn_logit_softcapping is not None:
+            groups, seen = stack.num_attention_heads // stack.num_key_value_heads, min(longest, before + block + after)
+            block = min(block, max(MIN_BLOCK, MAX_SCORES // (groups * seen)))
+        heads = [list(_blocks(lengths, block, before, after, head)) for head in range(stack.num_key_value_heads)]
+        table = np.array([row for rows in heads for row in rows], np.int64)
+        if name == "local":
+            places, window = _windows(table, before, after)
+            table, feeds["local_window"] = np.concatenate([table, places], axis=1), window
+        feeds[f"{name}_blocks"] = table
     return feeds
 
 
-def _local_feeds(
-    stack: StackConfig, lengths: NDArray[np.int64], num_tokens: int, block: int, left: int, right: int
-) -> Feeds:
-    if block == num_tokens:  # one block sees all
-        keys, query = np.arange(num_tokens)[None], np.arange(num_tokens)
-    else:
-        keys = np.arange(0, num_tokens, block)[:, None] + np.arange(-left, block + right)
-        query = np.arange(block)
-    distance = query[:, None] - keys[0]
-    window = np.where((distance <= left) & (-distance <= right), np.float32(0), HIDDEN)
-    real = (keys >= 0) & (keys < lengths[:, None, None])  # (B, N, J)
-    hidden = np.where(real, np.float32(0), HIDDEN).transpose(1, 0, 2)[:, :, None, None, None, :]
-    return {
-        "local_keys": np.clip(keys, 0, num_tokens - 1),
-        "local_window": window,
-        "local_hidden": np.ascontiguousarray(hidden),
-    }
+def _blocks(lengths: Sequence[int], block: int, before: int, after: int, head: int) -> Iterator[Block]:
+    """(first query and end, first key and end) of a key head's blocks: at most `block` queries, about equally many."""
+    start = head * sum(lengths)
+    for length in filter(None, lengths):
+        count = -(-length // block)
+        ends = [length * i // count for i in range(count + 1)]
+        for first, end in pairwise(ends):
+            yield start + first, start + end, start + max(0, first - before), start + min(length, end + after)
+        start += length
+
+
+def _windows(table: NDArray[np.int64], before: int, after: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What is added to the scores of a whole block (C, 1, J), and where each block's part of it begins and ends."""
+    first, end, first_key, end_key = table.T
+    size = int((end - first).max())
+    distance = np.arange(before + size + after) - before - np.arange(size)[:, None]
+    window = np.where((distance >= -before) & (distance <= after), np.float32(0), HIDDEN)
+    column = first_key - first + before
+    places = np.stack([np.zeros_like(first), column, end - first, column + end_key - first_key], axis=1)
+    return places, window[:, None]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from encore.export import ExportError
 from encore.generate.onnx_cache import NAMES, OnnxCache
@@ -31,6 +32,10 @@ class OnnxRows:
     @property
     def num_bytes(self) -> int:
         return 0 if self.cache is None else self.cache.num_bytes
+
+    @property
+    def log_sums(self) -> NDArray[np.float64] | None:
+        return None if self.cache is None else self.cache.log_sums
 
     def join(self, sources: Sequence[Sequence[int]], copies: Sequence[int], pictures: PicturesOfRows = None) -> None:
         refuse_pictures(pictures)

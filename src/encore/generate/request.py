@@ -134,11 +134,14 @@ class Request:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def accept(self, logits: Logits) -> Event:
-        """Chooses the next token from the logits (V,) and takes note of all that follows from it."""
+    def accept(self, logits: Logits, log_sum: float | None = None) -> Event:
+        """Chooses the next token from the logits (V,) and takes note of all that follows from it.
+
+        `log_sum` is that of `sampling.sample`.
+        """
         if self.finished:
             raise ValueError(f"request {self.row} has ended ({self.finish_reason}); it takes no more logits")
-        token, log_probability = sample(logits, self.settings, self._rng, self._seen)
+        token, log_probability = sample(logits, self.settings, self._rng, self._seen, log_sum)
         self.tokens.append(token)
         self._seen.append(token)
         self._log_probabilities.append(log_probability)
@@ -149,7 +152,9 @@ class Request:
             self._first_token_seconds = self._seconds
         return Event(self.row, token, log_probability, text, self.finish_reason)
 
-    def accept_drafted(self, logits: NDArray[np.float32], draft: Sequence[int]) -> list[Event]:
+    def accept_drafted(
+        self, logits: NDArray[np.float32], draft: Sequence[int], log_sums: NDArray[np.float64] | None = None
+    ) -> list[Event]:
         """As `accept`, after a step over the last token and a draft: logits (1 + len(draft), V).
 
         Each position's token is chosen as ever, and the next position counts if it was drafted right: rejection
@@ -161,7 +166,7 @@ class Request:
             if self.settings.greedy and draft:
                 penalty = self.settings.repetition_penalty
                 self._near_ties += _is_near_tie(apply_repetition_penalty(logits[place], self._seen, penalty))
-            events.append(self.accept(logits[place]))
+            events.append(self.accept(logits[place], None if log_sums is None else float(log_sums[place])))
             if self.finished or events[-1].token != drafted:
                 break
         self._drafted += len(draft)

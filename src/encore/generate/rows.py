@@ -55,6 +55,11 @@ class Rows(Protocol):
         """Of the buffers, which neither grow nor shrink."""
         ...
 
+    @property
+    def log_sums(self) -> NDArray[np.float64] | None:
+        """(rows, T) after a step: log-sum-exp of its logits, if the model gave it with them."""
+        ...
+
     def join(self, sources: Sequence[Sequence[int]], copies: Sequence[int], pictures: PicturesOfRows = None) -> None:
         """Read the sources in one batch; each becomes so many rows, behind the others, that share what was computed."""
         ...

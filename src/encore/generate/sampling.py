@@ -25,6 +25,9 @@ Logits = NDArray[np.float32]
 MIN_TEMPERATURE = 1e-4
 """Below it the draw is greedy in all but name, and float32 overflows."""
 
+PIECE = 1 << 14
+"""How many exponentials are summed at a time."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -154,31 +157,39 @@ def candidates(
     return np.arange(logits.size) if ids is None else ids, logits
 
 
-def log_probability(logits: Logits, token: int) -> float:
-    """The natural logarithm of the probability that the logits (V,) give to `token`."""
-    shifted = logits - logits.max()
-    own = float(shifted[token])
-    np.exp(shifted, out=shifted)
-    return own - math.log(shifted.sum())  # numpy sums pairwise: float32 loses nothing that counts
+def log_sum(logits: Logits) -> float:
+    """The logarithm of the summed exponentials of the logits (V,); in pieces, which stay in a processor's cache."""
+    top = logits.max()
+    pieces = (logits[start : start + PIECE] for start in range(0, logits.size, PIECE))
+    return float(top) + math.log(sum(float(np.exp(piece - top).sum()) for piece in pieces))
 
 
 def sample(
-    logits: Logits, settings: SamplingSettings, rng: np.random.Generator, seen: Sequence[int] = ()
+    logits: Logits,
+    settings: SamplingSettings,
+    rng: np.random.Generator,
+    seen: Sequence[int] = (),
+    log_sum_of_logits: float | None = None,
 ) -> tuple[int, float]:
     """Choose the next token from the last position's logits (V,): (id, log-probability).
 
     `seen` holds the ids that the decoder has read so far, for the repetition penalty. The log-probability is the
-    model's own, before penalty, temperature and filters: what scoring the same target gives again.
+    model's own, before penalty, temperature and filters: what scoring the same target gives again. It needs `log_sum`,
+    which runs over the vocabulary, unless who computed the logits gives it with them.
     """
     if logits.ndim != 1:
         raise ValueError(f"logits have shape {logits.shape}; expected (V,), those of one position")
-    if not np.isfinite(logits.max()):  # a NaN anywhere makes the maximum NaN
+    best = int(logits.argmax())
+    if not math.isfinite(logits[best]):  # a NaN anywhere is the maximum
         raise ValueError("the logits hold NaN or are infinite; the model or its weights are broken in this dtype")
-    if settings.greedy:
-        token = int(apply_repetition_penalty(logits, seen, settings.repetition_penalty).argmax())
-    else:
+    if not settings.greedy:
         token = _draw(*candidates(logits, settings, seen), rng)
-    return token, log_probability(logits, token)
+    elif settings.repetition_penalty == 1:
+        token = best
+    else:
+        token = int(apply_repetition_penalty(logits, seen, settings.repetition_penalty).argmax())
+    total = log_sum(logits) if log_sum_of_logits is None else log_sum_of_logits
+    return token, float(logits[token]) - total
 
 
 def _draw(ids: NDArray[np.int64], logits: Logits, rng: np.random.Generator) -> int:

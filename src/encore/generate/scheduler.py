@@ -15,6 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from encore.config import ModelConfig
 from encore.generate.drafts import Drafting
 from encore.generate.request import Event, Request
@@ -138,8 +141,9 @@ class Scheduler:
         batch = self._batch
         if self.drafting is None:
             logits = self.rows.step([[row.following] for row in batch])
-            for row, of_row in zip(batch, logits, strict=True):
-                event = row.request.accept(of_row[0])
+            log_sums = self._log_sums(len(batch))
+            for row, of_row, sums in zip(batch, logits, log_sums, strict=True):
+                event = row.request.accept(of_row[0], None if sums is None else float(sums[0]))
                 row.following = event.token
                 deliveries.append((row.job, event))
         else:
@@ -152,14 +156,18 @@ class Scheduler:
                         deliveries.append((row.job, None))
             self._drop_ended()
 
+    def _log_sums(self, num_rows: int) -> Sequence[NDArray[np.float64] | None]:
+        log_sums = self.rows.log_sums
+        return [None] * num_rows if log_sums is None else list(log_sums)
+
     def _step_with_drafts(self, drafting: Drafting, deliveries: list[Delivery]) -> None:
         batch = self._batch
         drafts = drafting.propose([row.request for row in batch])
         logits = self.rows.step([[row.following, *draft] for row, draft in zip(batch, drafts, strict=True)])
         drafting.measured()
         written: list[list[int]] = []
-        for row, of_row, draft in zip(batch, logits, drafts, strict=True):
-            events = row.request.accept_drafted(of_row, draft)
+        for row, of_row, draft, sums in zip(batch, logits, drafts, self._log_sums(len(batch)), strict=True):
+            events = row.request.accept_drafted(of_row, draft, sums)
             row.following = events[-1].token
             written.append([event.token for event in events])
             deliveries += [(row.job, event) for event in events]

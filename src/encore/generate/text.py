@@ -116,7 +116,7 @@ class TextGenerator:
                 )
             if vision:
                 raise ValueError(f"{folder} is exported: it reads text only; give the checkpoint it was made from")
-            model = OnnxModel.load(folder, threads=threads)
+            model = OnnxModel.load(folder, threads=threads, wait=False)  # while the tokenizer is read
         else:
             from encore.checkpoint.pretrained import load
             from encore.model.encoder import Encoder

@@ -48,6 +48,8 @@ def cache_bytes(config: ModelConfig, size: Size, element_bytes: int) -> int:
 class TorchRows:
     """At most `size.rows` targets at a time; see `rows.Rows`."""
 
+    log_sums = None
+
     @torch.inference_mode()
     def __init__(self, model: Gemma | T5Gemma, size: Size) -> None:
         self.model, self.size = model, size

@@ -28,7 +28,8 @@ PackedKind = Literal["int8", "int4", "int8-head-int4"]
 PACKED_BITS: dict[PackedKind, tuple[int, int]] = {"int8": (8, 8), "int4": (4, 4), "int8-head-int4": (8, 4)}
 """Bits of the layers' matrices and of the vocabulary's (embedding and head)."""
 
-DEFAULT_BLOCK_SIZES: dict[PackedKind, int] = {"int8": 128, "int4": 32, "int8-head-int4": 64}
+DEFAULT_BLOCK_SIZES: dict[PackedKind, int] = {"int8": 128, "int4": 64, "int8-head-int4": 64}
+"""8.25 and 4.5 bits per weight. At 270M a token takes an eighth longer with int4 in blocks of 32, which are 5 bits."""
 
 
 def in_blocks(weight: Floats, block_size: int) -> Floats:
