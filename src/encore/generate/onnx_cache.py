@@ -14,6 +14,7 @@ should, and all of them may be rolled back. Rows differ in source length and in 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +226,8 @@ class _Step:
     """The step graph bound to a cache, for T tokens a row: where everything lies that it reads and writes."""
 
     def __init__(self, cache: OnnxCache, num_tokens: int) -> None:
-        self.cache, self.num_tokens = cache, num_tokens
+        self.cache: OnnxCache = weakref.proxy(cache)  # no circle: a cache that nobody needs is freed at once
+        self.num_tokens = num_tokens
         stack, batch_size = cache.config.decoder, len(cache.lengths)
         groups = stack.num_attention_heads // stack.num_key_value_heads
         self.binding = cache.session.io_binding()
