@@ -3,9 +3,9 @@
     python benchmarks/cpu_encode.py --quick                        # 270M-270M, batch 1, 512 source tokens
     python benchmarks/cpu_encode.py --json rows.json               # 128, 512, 2,048 and 8,192 source tokens
 
-Told in cpu_generate.py: processes that take turns, random weights, --python. For llama.cpp, without an encoder of this
-kind, the peer's value is its prompt speed on Gemma 3 of the same layers. `limit` is the stack's products alone at the
-matrix peak measured in the same run (int8 or float32, whichever is faster here).
+Told in cpu_generate.py: processes that take turns, random weights, --python. For llama.cpp and OpenVINO, without an
+encoder of this kind, the peer's value is their prompt speed on Gemma 3 of the same layers. `limit` is the stack's
+products alone at the matrix peak measured in the same run (int8 or float32, whichever is faster here).
 """
 
 from __future__ import annotations

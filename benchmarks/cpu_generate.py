@@ -27,6 +27,7 @@ from typing import Any
 
 from peers import PEERS, SIZES, missing
 
+from encore.export.manifest import LARGE_BLOCK_SIZE
 from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS, PackedKind
 
 
@@ -35,6 +36,7 @@ def _bits(weights: PackedKind) -> float:
     return PACKED_BITS[weights][0] + 32 / DEFAULT_BLOCK_SIZES[weights]
 
 
+HEAD_BITS = 4 + 32 / LARGE_BLOCK_SIZE  # int8 heads are read in two passes, the second of a few rows
 BITS = {"int8": _bits("int8"), "int4": _bits("int4"), "bf16": 16.0, "float32": 32.0}
 CACHE = Path(os.environ.get("ENCORE_CACHE") or Path.home() / ".cache" / "encore") / "benchmarks"
 
@@ -112,10 +114,14 @@ def start(names: Sequence[str], size: str, folder: Path, threads: int, pythons: 
 
 
 def take_turns(runners: dict[str, Runner], rounds: int, **question: Any) -> dict[str, tuple[float, int]]:
-    """Median tokens per second and peak bytes of each runner that can answer; the first turn warms up."""
+    """Median tokens per second and peak bytes of each runner that can answer.
+
+    With several rounds a first turn warms up; a single one is long enough not to need it.
+    """
     values: dict[str, list[float]] = {name: [] for name in runners}
     peaks = dict.fromkeys(runners, 0)
-    for turn in range(rounds + 1):
+    warm_up = int(rounds > 1)
+    for turn in range(rounds + warm_up):
         for name, runner in runners.items():
             if name not in values:
                 continue
@@ -127,7 +133,7 @@ def take_turns(runners: dict[str, Runner], rounds: int, **question: Any) -> dict
                 runner.close()
                 continue
             peaks[name] = answer["peak_bytes"]
-            if turn:
+            if turn >= warm_up:
                 values[name].append(answer["tokens_per_second"])
     return {name: (statistics.median(found), peaks[name]) for name, found in values.items()}
 
@@ -172,7 +178,8 @@ def stack_weights(size: str) -> int:
 def step_bytes(size: str, weights: str, batch: int, source_tokens: int) -> float:
     """What one step has to read: the decoder's matrices, the head, and the memory's keys and values (float32)."""
     s = SIZES[size]
-    matrices = (stack_weights(size) + s["vocab"] * s["width"]) * BITS[weights] / 8
+    head = HEAD_BITS if weights in ("int8", "int4") else BITS[weights]
+    matrices = (stack_weights(size) * BITS[weights] + s["vocab"] * s["width"] * head) / 8
     return matrices + batch * source_tokens * s["layers"] * 2 * s["kv_heads"] * s["head_dim"] * 4
 
 
@@ -180,7 +187,7 @@ def compared(ours: Sequence[str], peers: Sequence[str]) -> list[tuple[str, str]]
     """Which of ours stands beside which peer: like weights beside like, and all beside bfloat16 and float32."""
 
     def fits(mine: str, peer: str) -> bool:
-        bits = {"Q8_0": "int8", "Q4_0": "int4", "int8": "int8"}.get(peer.split()[-1])
+        bits = {"Q8_0": "int8", "Q4_0": "int4", "int8": "int8", "int4": "int4"}.get(peer.split()[-1])
         return bits is None or mine.endswith(bits)
 
     return [(mine, peer) for mine in ours for peer in peers if fits(mine, peer)]
@@ -207,7 +214,7 @@ def run(args: argparse.Namespace, work: str, limit_of: Any, **question: Any) -> 
     if args.quick:
         args.source, args.batch, args.rounds = "512", "1", min(args.rounds, 2)
         if args.peers == parser_for(None, "", "").get_default("peers"):
-            args.peers = "transformers bfloat16,llama.cpp Q8_0,llama.cpp Q4_0,CTranslate2 int8"
+            args.peers = args.peers.replace("transformers float32,", "")
     pythons = dict(entry.split("=", 1) for entry in args.python)
     ours, peers = args.ours.split(","), args.peers.split(",")
     if unknown := [name for name in (*ours, *peers) if name not in PEERS]:

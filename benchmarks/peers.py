@@ -5,8 +5,8 @@
 A question is {"work": "decode", "batch": 1, "source_tokens": 512, "target_tokens": 24} or the same with "encode"; the
 answer {"tokens_per_second": …, "peak_bytes": …}. Weights are random at the true sizes, since speed does not depend on
 them; what a runner needs on disk is made once, in CACHE. Ours and `transformers` and CTranslate2 run the
-encoder-decoder; llama.cpp has no T5Gemma 2 and runs Gemma 3, whose one stack has the same layers: decoding has the
-source in its context, and "encode" is reading a prompt.
+encoder-decoder; llama.cpp and OpenVINO (openvino_peer.py) have no T5Gemma 2 and run Gemma 3, whose one stack has the
+same layers: decoding has the source in its context, and "encode" is reading a prompt.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import openvino_peer
 
 SIZES: dict[str, dict[str, Any]] = {
     "270m-270m": dict(
@@ -46,6 +48,8 @@ PEERS = {
     "llama.cpp Q8_0": ("llama_cpp", "pip install llama-cpp-python gguf   # builds from source"),
     "llama.cpp Q4_0": ("llama_cpp", "pip install llama-cpp-python gguf   # builds from source"),
     "CTranslate2 int8": ("ctranslate2", "pip install ctranslate2 transformers==5.23.0"),
+    "OpenVINO int8": ("openvino", openvino_peer.INSTALL),
+    "OpenVINO int4": ("openvino", openvino_peer.INSTALL),
 }
 
 
@@ -225,6 +229,7 @@ RUNNERS: dict[str, Any] = {
     "transformers": Transformers,
     "llama.cpp": LlamaCpp,
     "CTranslate2": CTranslate2,
+    "OpenVINO": openvino_peer.OpenVino,
 }
 
 

@@ -132,10 +132,14 @@ def test_cpu_generate_beside_transformers(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, str(SCRIPTS / "cpu_generate.py"), "--size", "small-small", "--folder", str(tmp_path)]
     command += ["--source", "32", "--batch", "1", "--rounds", "1", "--threads", "1", "--target", "5"]
-    command += ["--ours", "encore int8", "--peers", "transformers float32,llama.cpp Q8_0", "--json", str(out)]
+    peers = "transformers float32,llama.cpp Q8_0,OpenVINO int8,OpenVINO int4"
+    command += ["--ours", "encore int8", "--peers", peers, "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    (row,) = [row for row in json.loads(out.read_text()) if row["peer"] == "transformers float32"]
+    rows = {row["peer"]: row for row in json.loads(out.read_text())}
+    row = rows["transformers float32"]
     assert (row["work"], row["size"], row["weights"], row["batch"]) == ("decode", "small-small", "int8", 1)
     assert row["ratio"] == row["ours"] / row["peer_value"] and 0 < row["share_of_limit"] < 1.5
-    assert "llama.cpp Q8_0: not installed" in done.stderr or len(json.loads(out.read_text())) == 2
+    for peer in ("llama.cpp Q8_0", "OpenVINO int8"):
+        assert f"{peer}: not installed" in done.stderr or peer in rows
+    assert "OpenVINO int4" not in rows  # stands beside int4 only

@@ -112,10 +112,10 @@ def test_missing_and_damaged_files_are_named(copied: Path, name: str) -> None:
     [
         ("{", "is not valid JSON"),
         ("[]", "has the format"),
-        ('{"format": 99}', "has the format 99, this version reads 3"),
-        ('{"format": 3, "files": {}}', "does not name its files and parts"),
-        ('{"format": 3, "files": {}, "parts": ["encoder", "../x"]}', "some are unknown or missing"),
-        ('{"format": 3, "files": {}, "parts": ["encoder"]}', "does not describe encoder.onnx"),
+        ('{"format": 99}', "has the format 99, this version reads 4"),
+        ('{"format": 4, "files": {}}', "does not name its files and parts"),
+        ('{"format": 4, "files": {}, "parts": ["encoder", "../x"]}', "some are unknown or missing"),
+        ('{"format": 4, "files": {}, "parts": ["encoder"]}', "does not describe encoder.onnx"),
     ],
 )
 def test_odd_manifests_are_refused(copied: Path, text: str, message: str) -> None:
@@ -133,6 +133,9 @@ def test_what_cannot_be_exported(make: Callable, whole: Path, tmp_path: Path) ->
         export(folder, out, "int8", block_size=48)
     with pytest.raises(ExportError, match="float32 weights have no blocks"):
         export(folder, out, "float32", block_size=32)
+    for weights in ("int4", "int8-head-int4", "int8"):  # of the last, there are too few words
+        with pytest.raises(ExportError, match=f"over 64 words; .* has 61 words, and the weights are {weights}"):
+            export(folder, out, weights, two_pass_head=True)  # pyright: ignore
     with pytest.raises(ExportError, match="is an export already"):
         export(whole, out)
     with pytest.raises(ExportError, match="holds a gemma3_text; only encoder-decoders are exported"):

@@ -21,7 +21,8 @@ from onnx import helper
 from safetensors.numpy import load_file
 
 from encore.export.graph import FLOAT
-from encore.generate.onnx_backend import OnnxModel
+from encore.export.manifest import CANDIDATES
+from encore.generate.onnx_backend import OnnxModel, log_probabilities
 from encore.generate.onnx_cache import OnnxCache
 from encore.generate.onnx_inputs import encoder_feeds
 from encore.quantize.blocks import dequantise, in_blocks
@@ -174,3 +175,52 @@ def test_products_by_rows(exported: Callable, make: Callable, kind: str) -> None
     states = [graph.encode(sources).states[1] for graph in (exact, blocks, graphs)]
     errors = [np.linalg.norm(found - states[0]) / np.linalg.norm(states[0]) for found in states[1:]]
     assert 0 < errors[0] < errors[1] < 0.06
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_a_head_in_two_passes(exported: Callable, kind: str) -> None:
+    """The best words of the first pass, and those asked for, have the logits of all eight bits; the rest of four."""
+    vocab_size, options = 300, {"activations": "float32", "two_pass_head": True}
+    _, graphs = exported(kind, "int8", {"vocab_size": vocab_size}, **options)
+    watched = Watched(graphs.manifest.folder, "step")
+    head = watched.nodes[-1]
+    memory = graphs.encode(draw(WINDOW, 2 * WINDOW))
+    cache = graphs.make_cache(memory, 8, 3)
+    twin = OnnxCache(graphs.config, watched.session, memory.lengths, 8, 3)
+    twin.buffers = {name: buffer.copy() for name, buffer in cache.buffers.items()}
+    tokens, wanted = np.array(draw(3, 3)), np.array([[280, 281, 282], [290, 291, 292]])
+    logits = cache.advance(tokens, wanted=wanted)
+    twin.advance(tokens)
+    twin.rollback([0, 0])
+    twin._steps[3].prepare(tokens)
+    states = watched.run(twin._steps[3].inputs)[head.input[0]].astype(np.float64)
+    upper = watched.matrix(head, 4, states.shape[2])
+    label = head.input[1].removesuffix(".codes")
+    lower = helper.make_node("", ["", f"{label}.lower_of_rows", head.input[2]], [])
+    lower = watched.matrix(lower, 4, states.shape[2]) / 16
+    first, full = states @ upper.T, states @ (upper + lower).T
+    best = np.argsort(-first, axis=-1)[..., :CANDIDATES]
+    ids = np.concatenate([best, wanted[..., None]], axis=-1)
+    expected = first.copy()
+    np.put_along_axis(expected, ids, np.take_along_axis(full, ids, axis=-1), axis=-1)
+    cap = graphs.config.final_logit_softcapping
+    if cap is not None:
+        expected, full = cap * np.tanh(expected / cap), cap * np.tanh(full / cap)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+    assert (np.abs(expected - full) > 1e-3 * np.abs(expected).max()).any(), "the passes differ"
+    np.testing.assert_allclose(cache.log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
+def test_scores_of_a_head_in_two_passes(exported: Callable, kind: str) -> None:
+    """Of words that are among the best or not: nearer to int8's than the first pass alone, int8-head-int4, is."""
+    changes, sources, targets = {"vocab_size": 300}, draw(9, 20), draw(6, 4)
+    options = {"activations": "float32", "block_size": 32}
+    ways = [("float32", {}), ("int8", {**options, "two_pass_head": True}), ("int8-head-int4", options)]
+    found = []
+    for weights, how in ways:
+        _, graphs = exported(kind, weights, changes, **how)
+        found.append(np.concatenate(log_probabilities(graphs, sources, targets)))
+    exact, two_passes, four_bits = found
+    errors = [np.abs(x - exact).mean() for x in (two_passes, four_bits)]
+    assert errors[0] < 0.35 * errors[1]

@@ -18,7 +18,7 @@ from encore.config import T5GemmaConfig
 from encore.export import ExportError
 from encore.export.weights import StoredWeights, WeightsFile
 from encore.quantize import tensors as quantize_tensors
-from encore.quantize.blocks import dequantise, quantise
+from encore.quantize.blocks import dequantise, in_planes, quantise
 
 
 @given(st.integers(1, 5), st.integers(1, 200), st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.integers())
@@ -42,6 +42,18 @@ def test_packing_is_within_a_step_and_keeps_extremes(
         rows = np.arange(num_rows)
         np.testing.assert_allclose(found[:, part][rows, largest], weight[:, part][rows, largest], rtol=1e-6)
     assert (found[weight == 0] == 0).all()
+
+
+@given(st.integers(1, 4), st.integers(1, 200), st.sampled_from([32, 64, 128]), st.integers(0, 999))
+def test_two_planes_of_four_bits_are_eight(num_rows: int, num_columns: int, block_size: int, seed: int) -> None:
+    weight = np.random.default_rng(seed).standard_normal((num_rows, num_columns)).astype(np.float32)
+    codes, scales = quantise(weight, 8, block_size)
+    upper, lower = in_planes(codes)
+    assert upper.shape == lower.shape == (*codes.shape[:2], block_size // 2)
+    parts = [dequantise(plane, scales * size, 4, num_columns) for plane, size in ((upper, 16), (lower, 1))]
+    cut = np.minimum(codes, 119 + 128)
+    np.testing.assert_allclose(sum(parts), dequantise(cut, scales, 8, num_columns), rtol=1e-5, atol=1e-6)
+    assert np.abs(parts[1]).max() <= 8 * np.abs(scales).max(), "the upper plane is within half a step of its own"
 
 
 def test_more_bits_and_smaller_blocks_are_nearer() -> None:

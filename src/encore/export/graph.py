@@ -116,15 +116,26 @@ class Graph:
         return self.node("FusedMatMul", x, y, domain=OURS, transB=1, alpha=factor)
 
     def rows_of(self, matrix: Matrix, tokens: str) -> str:
-        """The rows (B, T, K) of a matrix that stand at `tokens` (B, T).
+        """The rows (B, T, K) of a matrix that stand at `tokens` (B, T)."""
+        if matrix.bits is None:
+            return self.node("Gather", self.float_matrix(matrix), tokens, axis=0)
+        rows = self._unpacked_rows(matrix, tokens, "codes", matrix.values)
+        return rows if matrix.lower is None else self.node("Add", rows, self.lower_rows(matrix, tokens))
+
+    def lower_rows(self, matrix: Matrix, tokens: str) -> str:
+        """What the lower plane of a matrix adds to its rows (…, K) that stand at `tokens`."""
+        assert matrix.lower is not None
+        rows = self._unpacked_rows(matrix, tokens, "lower", matrix.lower)
+        return self.node("Mul", rows, self.constant(1 / 16))
+
+    def _unpacked_rows(self, matrix: Matrix, tokens: str, label: str, place: Place) -> str:
+        """Rows of codes at `place`, as floats.
 
         Where the graph multiplies with the matrix too, ONNX Runtime keeps a copy of its own order for that. These rows
         are an array apart at the same place of the file, so that of the original only what is read stays in memory.
         """
-        if matrix.bits is None:
-            return self.node("Gather", self.float_matrix(matrix), tokens, axis=0)
         blocks = (matrix.num_rows, matrix.num_blocks)
-        codes = self.stored(f"{matrix.name}.codes_of_rows", matrix.values, UINT8, (*blocks, matrix.block_bytes))
+        codes = self.stored(f"{matrix.name}.{label}_of_rows", place, UINT8, (*blocks, matrix.block_bytes))
         scales = self.stored(f"{matrix.name}.scales_of_rows", *_kind(matrix.scales), (*blocks, 1))
         gathered = self.node(
             "GatherBlockQuantized",
@@ -137,10 +148,11 @@ class Graph:
             block_size=matrix.block_size,
             bits=matrix.bits,
         )
-        rows = self.node("Reshape", gathered, self.integers(0, 0, -1))
+        shape = self.node("Concat", self.node("Shape", tokens), self.integers(-1), axis=0)
+        rows = self.node("Reshape", gathered, shape)
         if matrix.num_columns % matrix.block_size == 0:
             return rows
-        return self.node("Slice", rows, self.integers(0), self.integers(matrix.num_columns), self.integers(2))
+        return self.node("Slice", rows, self.integers(0), self.integers(matrix.num_columns), self.integers(-1))
 
     def float_matrix(self, matrix: Matrix) -> str:
         return self.stored(matrix.name, matrix.values, FLOAT, (matrix.num_rows, matrix.num_columns))

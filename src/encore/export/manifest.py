@@ -20,7 +20,7 @@ from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS
 MANIFEST_FILE = "encore_export.json"
 WEIGHTS_FILE = "weights.bin"
 GRAPH_FILES = {"encoder": "encoder.onnx", "memory": "memory.onnx", "step": "step.onnx"}
-FORMAT = 3
+FORMAT = 4
 
 Weights = Literal["float32", "int8", "int4", "int8-head-int4"]
 Activations = Literal["float32", "int8", "int8-rows"]
@@ -28,6 +28,14 @@ CacheKind = Literal["float32", "int8"]
 
 BITS: dict[Weights, tuple[int | None, int | None]] = {"float32": (None, None), **PACKED_BITS}
 """Bits of the layers' matrices and of the vocabulary's (embedding and head); None = float32."""
+
+
+CANDIDATES = 64
+"""How many of the best logits of a head's first pass are computed in full by the second."""
+
+LARGE_VOCABULARY, LARGE_BLOCK_SIZE = 32_768, 128
+"""From so many words on, where the head is most of what a step reads, its weights share a scale by 128 and int8 goes in
+two passes, unless asked otherwise."""
 
 
 @dataclass(frozen=True)

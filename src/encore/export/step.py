@@ -4,6 +4,13 @@
     step.onnx     T >= 1 target ids per row -> logits (B, T, V); keys and values written into the caches in place;
                   log_sums (B, T, P, 1), the logarithm of the summed exponentials of each P-th of the vocabulary
 
+An int8 head of a large vocabulary is most of what a step of a small model reads. It may go in two passes: products with
+the upper four bits of every weight, then what the lower four add for the CANDIDATES best words and for the ids in
+
+    wanted     (B, T, W)      say the tokens that are scored
+
+so those have the logits of int8, and all others about those of int4.
+
 The caller decides what lies where, so order, rings, unequal rows and forgotten tokens are its business alone
 (`generate/onnx_cache.py`). For every kind of layer it gives
 
@@ -25,7 +32,7 @@ from encore.config import LayerType, T5GemmaConfig
 from encore.export.attention import Kept, KeptKeys
 from encore.export.encoder import short
 from encore.export.graph import FLOAT, INT64, OURS, LayerGraph
-from encore.export.manifest import Activations, CacheKind
+from encore.export.manifest import CANDIDATES, Activations, CacheKind
 from encore.export.weights import Matrix, WeightsFile
 
 KEY_NORM = "k_norm"
@@ -86,7 +93,7 @@ class StepGraph(LayerGraph):
             h, x = self.add_and_norm(part, x, f"{layer}pre_feedforward_layernorm")
             following = "norm" if last else f"layers.{i + 1}.pre_self_attn_layernorm"
             h, x = self.add_and_norm(self.feed_forward(h, layer), x, following, "states" if last else None)
-        logits = self.linear(h, table)
+        logits = self._logits(h, table)
         cap = config.final_logit_softcapping
         self.softcapped(logits, None if cap is None else self.constant(cap))
         self.nodes[-1].output[0] = "logits"
@@ -94,6 +101,18 @@ class StepGraph(LayerGraph):
         pieces = math.gcd(table.num_rows, PIECES)
         self._log_sums(self.node("Reshape", "logits", self.integers(0, 0, pieces, -1)))
         self.output("log_sums", FLOAT, ["B", "T", pieces, 1])
+
+    def _logits(self, h: str, table: Matrix) -> str:
+        first = self.linear(h, table)
+        if table.lower is None:
+            return first
+        best = self.nodes_of("TopK", [first, self.integers(CANDIDATES)], 2, axis=-1, sorted=0)[1]
+        ids = self.node("Concat", best, self.input("wanted", INT64, ["B", "T", "W"]), axis=-1)
+        rest = self.node("MatMul", self.lower_rows(table, ids), self.node("Unsqueeze", h, self.integers(-1)))
+        full = self.node(
+            "Add", self.node("GatherElements", first, ids, axis=-1), self.node("Squeeze", rest, self.integers(-1))
+        )
+        return self.node("ScatterElements", first, ids, full, axis=-1)
 
     def _log_sums(self, logits: str) -> None:
         """Piece by piece, so that threads share the vocabulary of one token."""

@@ -22,7 +22,7 @@ from encore.checkpoint.names import our_name
 from encore.checkpoint.packing import is_packed_matrix, packing, scales_name
 from encore.config import T5GemmaConfig
 from encore.export import ExportError
-from encore.quantize.blocks import dequantise, quantise
+from encore.quantize.blocks import dequantise, in_planes, quantise
 from encore.quantize.tensors import float_rows
 
 ALIGNMENT = 4096
@@ -38,7 +38,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix (rows, columns) in the weights file; `bits` None = float32."""
+    """A matrix (rows, columns) in the weights file; `bits` None = float32.
+
+    With `lower`, an int8 matrix lies in two planes (`quantize.blocks.in_planes`): `values` is the upper one, so `bits`
+    is 4, and scales are those of 4 bits.
+    """
 
     name: str
     num_rows: int
@@ -47,6 +51,7 @@ class Matrix:
     block_size: int
     values: Place
     scales: Place | None = None
+    lower: Place | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -181,34 +186,53 @@ class WeightsFile:
     def size(self) -> int:
         return self._end
 
-    def matrix(self, parts: Sequence[tuple[str, int]], num_columns: int, bits: int | None) -> Matrix:
-        """Write one matrix whose rows are those of `parts` (our names and row counts), one below the other."""
+    def matrix(
+        self,
+        parts: Sequence[tuple[str, int]],
+        num_columns: int,
+        bits: int | None,
+        *,
+        block_size: int | None = None,
+        planes: bool = False,
+    ) -> Matrix:
+        """Write one matrix whose rows are those of `parts` (our names and row counts), one below the other.
+
+        `block_size` None: that of the file. `planes`: int8 weights in two planes; the lower one is held until the upper
+        one is written.
+        """
         name = "+".join(part for part, _ in parts)
         num_rows = sum(rows for _, rows in parts)
         error = self.errors[name] = Error()
         self.num_weights += num_rows * num_columns
         scales: list[NDArray[np.float32]] = []
+        lower: list[NDArray[np.uint8]] = []
         begin = self._align()
         if bits is not None and self.stored.packing is not None:
             return self._packed(parts, num_columns, bits)
+        block_size = block_size or self.block_size
         for part, rows in parts:
             for weight in self.stored.slices(part, (rows, num_columns)):
                 if bits is None:
                     self._write(weight)
                     continue
-                codes, scale = quantise(weight, bits, self.block_size)
+                codes, scale = quantise(weight, bits, block_size)
+                if planes:
+                    codes, low = in_planes(codes)
+                    lower.append(low)
+                    difference = dequantise(low, scale, 4, num_columns) - weight
+                    scale *= np.float32(16)
+                    difference += dequantise(codes, scale, 4, num_columns)
+                else:
+                    difference = dequantise(codes, scale, bits, num_columns) - weight
                 self._write(codes)
                 scales.append(scale)
-                difference = dequantise(codes, scale, bits, num_columns) - weight
                 error.squared_error += float(np.vdot(difference, difference))
                 error.squared_norm += float(np.vdot(weight, weight))
         values = Place(begin, self._end - begin)
         if bits is None:
             return Matrix(name, num_rows, num_columns, None, 1, values)
-        begin = self._align()
-        for scale in scales:
-            self._write(scale)
-        return Matrix(name, num_rows, num_columns, bits, self.block_size, values, Place(begin, self._end - begin))
+        places = [self._written(arrays) for arrays in (scales, lower) if arrays]
+        return Matrix(name, num_rows, num_columns, 4 if planes else bits, block_size, values, *places)
 
     def matrix_by_rows(self, parts: Sequence[tuple[str, int]], num_columns: int) -> RowMatrix:
         """As `matrix`, with a scale for each row; the whole matrix is held while it is written."""
@@ -243,6 +267,12 @@ class WeightsFile:
             self._write(self.stored.bytes_of(scales_name(part), (rows, blocks)))
         name, scales = "+".join(part for part, _ in parts), Place(begin, self._end - begin)
         return Matrix(name, num_rows, num_columns, bits, self.block_size, values, scales)
+
+    def _written(self, arrays: Sequence[NDArray[Any]]) -> Place:
+        begin = self._align()
+        for array in arrays:
+            self._write(array)
+        return Place(begin, self._end - begin)
 
     def _align(self) -> int:
         padding = bytes(-self._end % ALIGNMENT)

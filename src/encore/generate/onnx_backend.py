@@ -181,11 +181,14 @@ def log_probabilities(
     cache = model.make_cache(model.encode(sources), longest, at_once)
     pad, bos = model.config.pad_token_id, model.config.bos_token_id
     inputs = np.full((len(targets), longest), pad, np.int64)
+    wanted = inputs.copy()
     for row, target in enumerate(targets):
         inputs[row, : len(target)] = [bos, *target[:-1]]
+        wanted[row, : len(target)] = target
     found: list[list[float]] = [[] for _ in targets]
     for start in range(0, longest, at_once):
-        logits = cache.advance(inputs[:, start : start + at_once])
+        places = slice(start, start + at_once)
+        logits = cache.advance(inputs[:, places], wanted=wanted[:, places])
         for row, target in enumerate(targets):
             for values, token in zip(logits[row].astype(np.float64), target[start : start + at_once], strict=False):
                 top = values.max()

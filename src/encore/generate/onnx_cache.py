@@ -93,11 +93,14 @@ class OnnxCache:
                 if stop > start:
                     target[row, :, start:stop] = array[row, :, : stop - start]
 
-    def advance(self, tokens: ArrayLike, counts: ArrayLike | None = None) -> NDArray[np.float32]:
+    def advance(
+        self, tokens: ArrayLike, counts: ArrayLike | None = None, wanted: ArrayLike | None = None
+    ) -> NDArray[np.float32]:
         """Logits (B, T, V) after each of T more tokens (B, T) of each row, which the cache now holds.
 
         `counts` (B,): how many of a row's tokens are real, the first ones; None = all. What follows them in the row is
-        padding and leaves no trace. The array is overwritten by the next step of T tokens.
+        padding and leaves no trace. `wanted` (B, T): an id for each, whose logit a head of two passes computes in full
+        even if it is none of the best. The array is overwritten by the next step of T tokens.
         """
         ids = np.asarray(tokens, np.int64)
         batch_size = len(self.lengths)
@@ -121,6 +124,8 @@ class OnnxCache:
         if step is None:
             step = self._steps[num_tokens] = _Step(self, num_tokens)
         step.prepare(ids)
+        if wanted is not None and step.wanted is not None:
+            step.wanted[..., 0] = wanted
         self.session.run_with_iobinding(step.binding)
         self._written = np.maximum(self._written, self.lengths + num_tokens)
         self.lengths = self.lengths + new
@@ -241,6 +246,10 @@ class _Step:
         """The lengths for which `hidden` needs only the change that one token makes."""
         self._input("tokens", self.tokens)
         self._input("positions", self.positions)
+        self.wanted: NDArray[np.int64] | None = None
+        if any(value.name == "wanted" for value in cache.session.get_inputs()):
+            self.wanted = np.zeros((batch_size, num_tokens, 1), np.int64)
+            self._input("wanted", self.wanted)
         self._output("logits", self.logits)
         self.log_sums: NDArray[np.float32] | None = None
         if cache.log_sum_pieces:

@@ -86,6 +86,18 @@ def pack(codes: Codes, bits: int) -> Codes:
     return codes if bits == 8 else (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
+def in_planes(codes: Codes) -> tuple[Codes, Codes]:
+    """int8 levels (N, blocks, block_size) as two packed planes of 4 bits, which add up to them:
+
+        q - 128 = 16 (upper - 8) + (lower - 8)
+
+    The upper plane alone is the matrix at 4 bits, with 16 times the scales. It has no room for levels above 119 of 127;
+    they become 119, and the error of the whole grows by about a tenth. (The largest number of a block is level -128.)
+    """
+    shifted = np.minimum(codes, 247) + np.uint8(8)
+    return pack(shifted >> np.uint8(4), 4), pack(shifted & np.uint8(15), 4)
+
+
 def dequantise(codes: Codes, scales: Floats, bits: int, num_columns: int) -> Floats:
     """What the packed blocks stand for, (N, K)."""
     if bits == 4:
