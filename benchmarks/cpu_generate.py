@@ -27,17 +27,10 @@ from typing import Any
 
 from peers import PEERS, SIZES, missing
 
-from encore.export.manifest import LARGE_BLOCK_SIZE
-from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS, PackedKind
+from encore.quantize.blocks import DEFAULT_BLOCK_SIZE
 
-
-def _bits(weights: PackedKind) -> float:
-    """Of a weight, with its part of the scale."""
-    return PACKED_BITS[weights][0] + 32 / DEFAULT_BLOCK_SIZES[weights]
-
-
-HEAD_BITS = 4 + 32 / LARGE_BLOCK_SIZE  # int8 heads are read in two passes, the second of a few rows
-BITS = {"int8": _bits("int8"), "int4": _bits("int4"), "bf16": 16.0, "float32": 32.0}
+BITS = {"int8": 8 + 32 / DEFAULT_BLOCK_SIZE, "int4": 4 + 32 / DEFAULT_BLOCK_SIZE, "bf16": 16.0, "float32": 32.0}
+"""Of a weight, with its part of the scale. A step reads four bits of an int8 head, and all of a few rows."""
 CACHE = Path(os.environ.get("ENCORE_CACHE") or Path.home() / ".cache" / "encore") / "benchmarks"
 
 
@@ -178,7 +171,7 @@ def stack_weights(size: str) -> int:
 def step_bytes(size: str, weights: str, batch: int, source_tokens: int) -> float:
     """What one step has to read: the decoder's matrices, the head, and the memory's keys and values (float32)."""
     s = SIZES[size]
-    head = HEAD_BITS if weights in ("int8", "int4") else BITS[weights]
+    head = BITS["int4" if weights == "int8" else weights]
     matrices = (stack_weights(size) * BITS[weights] + s["vocab"] * s["width"] * head) / 8
     return matrices + batch * source_tokens * s["layers"] * 2 * s["kv_heads"] * s["head_dim"] * 4
 

@@ -259,9 +259,9 @@ def exported(checkpoint: Path, weights: Any, threads: int) -> Any:
     from encore.export import ExportError
     from encore.export.folder import export
     from encore.generate.onnx_backend import OnnxModel
-    from encore.quantize.blocks import DEFAULT_BLOCK_SIZES
+    from encore.quantize.blocks import DEFAULT_BLOCK_SIZE
 
-    path = checkpoint.with_name(f"{checkpoint.name}-{weights}-{DEFAULT_BLOCK_SIZES[weights]}")
+    path = checkpoint.with_name(f"{checkpoint.name}-{weights}-{DEFAULT_BLOCK_SIZE}")
     try:
         return OnnxModel.load(path, threads=threads)
     except (ExportError, ValueError):

@@ -231,7 +231,7 @@ def test_texts_calibrate_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["shape", "missing", "key"])
 def test_damaged_folders_are_refused(tiny: Path, tmp_path: Path, damage: str) -> None:
-    quantize(tiny, tmp_path / "packed", "int4")
+    quantize(tiny, tmp_path / "packed", "int4", block_size=32)
     path, config = tmp_path / "packed" / "model.safetensors", tmp_path / "packed" / "config.json"
     tensors, name = load_file(path), "model.decoder.layers.0.mlp.up_proj.weight"
     if damage == "key":

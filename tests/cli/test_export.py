@@ -15,7 +15,11 @@ def test_export_says_what_was_written_and_generate_reads_it(tmp_path: Path) -> N
     run = CliRunner().invoke(app, ["export", "translator", out, "--weights", "int8-head-int4", "--json"])
     assert run.exit_code == 0, run.exception
     said = json.loads(run.stdout)
-    assert (said["weights"], said["block_size"], said["parts"]) == ("int8-head-int4", 64, ["encoder", "memory", "step"])
+    assert (said["weights"], said["block_size"], said["parts"]) == (
+        "int8-head-int4",
+        128,
+        ["encoder", "memory", "step"],
+    )
     assert 4.5 < said["bits_per_weight"] < 8.5 and 0 < said["error"] < 0.1
     again = CliRunner().invoke(app, ["export", "translator", out])
     assert "--force" in str(again.exception)

@@ -98,8 +98,8 @@ def test_rows_go_at_their_own_pace_and_take_tokens_back(
 
 
 @each_kind
-def test_a_row_is_replaced_while_others_run(exported: Callable, kind: str) -> None:
-    """A longer source and a shorter target join where another row has ended."""
+def test_rows_join_while_others_run(exported: Callable, kind: str) -> None:
+    """A longer source and a shorter target join, twice, when another row has ended."""
     model, graphs = exported(kind)
     sources, targets = draw(3)
     expected = expected_logits(model, sources, targets)
@@ -108,12 +108,13 @@ def test_a_row_is_replaced_while_others_run(exported: Callable, kind: str) -> No
         cache.advance(targets[[0, 2], place : place + 1])
     joining = graphs.make_cache(graphs.encode([sources[1]]), TARGET_TOKENS, 2)
     joining.advance(targets[1:2, :2])
-    cache.put(1, joining, 0)
+    cache.index_select([0])
+    cache.extend(joining, [0, 0])
     for place in range(2, WINDOW + 8):
-        tokens = [targets[0, place + WINDOW], targets[1, place]]
+        tokens = [targets[0, place + WINDOW], targets[1, place], targets[1, place]]
         found = cache.advance(np.array(tokens)[:, None])
         np.testing.assert_allclose(found[0, 0], expected[0, place + WINDOW], atol=1e-4)
-        np.testing.assert_allclose(found[1, 0], expected[1, place], atol=1e-4)
+        np.testing.assert_allclose(found[1:, 0], expected[[1, 1], place], atol=1e-4)
 
 
 def test_what_a_cache_cannot_hold_is_refused(exported: Callable[..., tuple[T5Gemma, OnnxModel]]) -> None:
@@ -134,6 +135,6 @@ def test_what_a_cache_cannot_hold_is_refused(exported: Callable[..., tuple[T5Gem
         with pytest.raises(ValueError, match=r"from \[2, 2\] to \[4, 3\]"):
             cache.rollback(lengths)
     with pytest.raises(ValueError, match=r"hold 5 and 4 target tokens, 2 and 2 a step"):
-        cache.put(0, graphs.make_cache(memory, 5, 2), 0)
+        cache.extend(graphs.make_cache(memory, 5, 2), [0])
     with pytest.raises(ValueError, match=r"step_tokens is 0"):
         graphs.make_cache(memory, 5, 0)

@@ -30,7 +30,7 @@ def export(
         int | None,
         typer.Option(
             help="Weights that share a scale: 32, 64 or 128.",
-            show_default="int8 128, int4 64; of a large vocabulary 128",
+            show_default="128",
         ),
     ] = None,
     activations: Annotated[

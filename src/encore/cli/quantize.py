@@ -26,9 +26,7 @@ def quantize(
     ] = "int4",
     block_size: Annotated[
         int | None,
-        typer.Option(
-            help="Weights that share a scale: 32, 64 or 128.", show_default="int8 128, int4 64, int8-head-int4 64"
-        ),
+        typer.Option(help="Weights that share a scale: 32, 64 or 128.", show_default="128"),
     ] = None,
     calibrate: Annotated[
         list[str] | None,

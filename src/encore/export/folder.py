@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,6 @@ from encore.export.manifest import (
     CANDIDATES,
     FORMAT,
     GRAPH_FILES,
-    LARGE_BLOCK_SIZE,
     LARGE_VOCABULARY,
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -90,8 +89,7 @@ def export(
     Args:
         weights: of the layers and the vocabulary's matrix; see `manifest.BITS`. Norms and the rest stay float32. None
             is int8, or what the folder holds, if `encore quantize` packed it.
-        block_size: how many weights share a scale: 32, 64, 128; None is `DEFAULT_BLOCK_SIZES` for the layers and 128
-            for a vocabulary of `manifest.LARGE_VOCABULARY` words or more.
+        block_size: how many weights share a scale, 32, 64 or 128; None is 128, or that of a packed folder.
         activations: "int8" rounds what is multiplied with packed weights to int8 too, block by block, where the
             processor has instructions for it; "float32" leaves it exact and is slower. "int8-rows" is "int8" for the
             decoder, which waits for its weights; the encoder's layers, which wait for products, are int8 whatever
@@ -128,19 +126,17 @@ def export(
                 f"in blocks of {asked[1]}; leave both out, or export the checkpoint that it was made of"
             )
         weights, block_size = cast(Weights, packed.weights), packed.block_size
-    large = packed is None and config.decoder.vocab_size >= LARGE_VOCABULARY
-    head_block_size = LARGE_BLOCK_SIZE if large and block_size is None else None
     weights = weights or "int8"
     activations = activations or ("int8-rows" if packed is None else "int8")
     block_size = check_weights(weights, block_size, activations, cache)
-    possible = BITS[weights][1] == 8 and packed is None and config.decoder.vocab_size > CANDIDATES
+    decoder = config.decoder
+    possible = BITS[weights][1] == 8 and packed is None and decoder.vocab_size > CANDIDATES
     if two_pass_head and not possible:
         raise ExportError(
             f"a head goes in two passes if it is rounded to int8 here and has over {CANDIDATES} words; {folder} has "
-            f"{config.decoder.vocab_size} words, and the weights are {weights}{', packed already' if packed else ''}"
+            f"{decoder.vocab_size} words, and the weights are {weights}{', packed already' if packed else ''}"
         )
-    if two_pass_head is None:
-        two_pass_head = possible and large
+    in_planes = two_pass_head if two_pass_head is not None else possible and decoder.vocab_size >= LARGE_VOCABULARY
     target = Path(out)
     if target.is_dir() and any(target.iterdir()) and not force:
         raise ExportError(f"{out} holds files already; choose another folder, or use --force to write into it")
@@ -159,8 +155,7 @@ def export(
     parts = ("encoder",) if encoder_only else ("encoder", "memory", "step")
     with new_folder(target, replaced=REPLACED) as staged:
         with WeightsFile(staged / WEIGHTS_FILE, stored, block_size) as file:
-            how = {"planes": two_pass_head, "block_size": head_block_size}
-            _write_graphs(staged, config, file, weights, activations, cache, how, encoder_only)
+            _write_graphs(staged, config, file, weights, activations, cache, in_planes, encoder_only)
         files = {GRAPH_FILES[part]: staged / GRAPH_FILES[part] for part in parts}
         described = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
         described[WEIGHTS_FILE] = {"bytes": file.size, "sha256": file.sha256}
@@ -173,10 +168,9 @@ def export(
             "model_type": config.model_type,
             "weights": weights,
             "block_size": block_size,
-            "head_block_size": (head_block_size or block_size) if BITS[weights][1] else 0,
             "activations": activations if weights != "float32" else "float32",
             "cache": cache,
-            "two_pass_head": two_pass_head,
+            "two_pass_head": in_planes,
             "method": "none" if weights == "float32" else "round to nearest",
             "pictures": False,
             **measured,
@@ -213,7 +207,7 @@ def _write_graphs(
     weights: Weights,
     activations: Activations,
     cache: CacheKind,
-    how_head: Mapping[str, Any],
+    in_planes: bool,
     encoder_only: bool,
 ) -> None:
     try:
@@ -226,9 +220,9 @@ def _write_graphs(
     layer_bits, vocabulary_bits = BITS[weights]
 
     def table(side: str, stack: StackConfig) -> Matrix:
-        how = how_head if side == "decoder" or config.tied_embeddings else {}
+        planes = in_planes and (side == "decoder" or bool(config.tied_embeddings))
         part = f"{side}.embed_tokens.weight", stack.vocab_size
-        return file.matrix([part], stack.hidden_size, vocabulary_bits, **how)
+        return file.matrix([part], stack.hidden_size, vocabulary_bits, planes=planes)
 
     read = table("encoder", config.encoder)
     encoder = EncoderGraph(config, file, layer_bits, activations)

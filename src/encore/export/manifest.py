@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from encore.checkpoint.packing import BLOCK_SIZES
 from encore.export import ExportError
-from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS
+from encore.quantize.blocks import DEFAULT_BLOCK_SIZE, PACKED_BITS
 
 MANIFEST_FILE = "encore_export.json"
 WEIGHTS_FILE = "weights.bin"
@@ -33,9 +33,8 @@ BITS: dict[Weights, tuple[int | None, int | None]] = {"float32": (None, None), *
 CANDIDATES = 64
 """How many of the best logits of a head's first pass are computed in full by the second."""
 
-LARGE_VOCABULARY, LARGE_BLOCK_SIZE = 32_768, 128
-"""From so many words on, where the head is most of what a step reads, its weights share a scale by 128 and int8 goes in
-two passes, unless asked otherwise."""
+LARGE_VOCABULARY = 32_768
+"""From so many words on an int8 head goes in two passes, unless asked otherwise."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def check_weights(weights: str, block_size: int | None, activations: str, cache:
             raise ExportError(f"block_size is {block_size}, but float32 weights have no blocks; leave it out")
         return 0
     if block_size is None:
-        return DEFAULT_BLOCK_SIZES[weights]
+        return DEFAULT_BLOCK_SIZE
     if block_size not in BLOCK_SIZES:
         raise ExportError(f"block_size is {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
     return block_size

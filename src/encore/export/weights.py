@@ -187,18 +187,11 @@ class WeightsFile:
         return self._end
 
     def matrix(
-        self,
-        parts: Sequence[tuple[str, int]],
-        num_columns: int,
-        bits: int | None,
-        *,
-        block_size: int | None = None,
-        planes: bool = False,
+        self, parts: Sequence[tuple[str, int]], num_columns: int, bits: int | None, *, planes: bool = False
     ) -> Matrix:
         """Write one matrix whose rows are those of `parts` (our names and row counts), one below the other.
 
-        `block_size` None: that of the file. `planes`: int8 weights in two planes; the lower one is held until the upper
-        one is written.
+        `planes`: int8 weights in two planes; the lower one is held until the upper one is written.
         """
         name = "+".join(part for part, _ in parts)
         num_rows = sum(rows for _, rows in parts)
@@ -209,13 +202,12 @@ class WeightsFile:
         begin = self._align()
         if bits is not None and self.stored.packing is not None:
             return self._packed(parts, num_columns, bits)
-        block_size = block_size or self.block_size
         for part, rows in parts:
             for weight in self.stored.slices(part, (rows, num_columns)):
                 if bits is None:
                     self._write(weight)
                     continue
-                codes, scale = quantise(weight, bits, block_size)
+                codes, scale = quantise(weight, bits, self.block_size)
                 if planes:
                     codes, low = in_planes(codes)
                     lower.append(low)
@@ -232,7 +224,7 @@ class WeightsFile:
         if bits is None:
             return Matrix(name, num_rows, num_columns, None, 1, values)
         places = [self._written(arrays) for arrays in (scales, lower) if arrays]
-        return Matrix(name, num_rows, num_columns, 4 if planes else bits, block_size, values, *places)
+        return Matrix(name, num_rows, num_columns, 4 if planes else bits, self.block_size, values, *places)
 
     def matrix_by_rows(self, parts: Sequence[tuple[str, int]], num_columns: int) -> RowMatrix:
         """As `matrix`, with a scale for each row; the whole matrix is held while it is written."""

@@ -8,12 +8,13 @@
 Row b with m_b source tokens has its memory in slots 0 … m_b - 1 (T5Gemma 2; T5Gemma keeps it apart) and token i of
 the target in slot m_b + i mod R, where R is the room for all tokens on global layers, window + step_tokens - 1 on local
 ones: a step of `step_tokens` then overwrites only what its first token sees no more. So each of its tokens sees what it
-should, and all of them may be rolled back. Rows differ in source length and in target length; `put` replaces a row,
-`index_select` keeps some. Buffers grow with the longest row, one layer at a time, and no further than all rows full.
+should, and all of them may be rolled back. Rows differ in source and in target length; `extend` adds rows,
+`index_select` keeps some. Buffers grow with the longest row, and no further than all rows full.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from encore.generate.onnx_inputs import HIDDEN, rotation
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+ALIGNMENT = 64
 
 GROWTH = 64
 """Buffers grow by an eighth, to a multiple of this many slots: copying stays a small part of decoding."""
@@ -150,11 +153,9 @@ class OnnxCache:
         chosen = list(rows)
         self.memory_lengths, self.lengths = self.memory_lengths[chosen], self.lengths[chosen]
         self._written = self._written[chosen]
-        self._steps.clear()
         for place, slots in self._needed(self.step_tokens).items():
             self._slots[place] = min(self._slots[place], -(-slots // GROWTH) * GROWTH)
-        for name, buffer in self.buffers.items():
-            self.buffers[name] = np.ascontiguousarray(buffer[chosen, :, : self._slots[self.place(name)]])
+        self._rebuild(chosen)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` is, which has the same source: only targets are copied, in place."""
@@ -173,24 +174,28 @@ class OnnxCache:
             self.lengths = self.lengths[chosen]
         self._written = self._written[chosen]
 
-    def put(self, row: int, other: OnnxCache, other_row: int) -> None:
-        """Replace a row by one of another cache, made for the same model, max_target_tokens and step_tokens."""
+    def extend(self, other: OnnxCache, rows: Sequence[int]) -> None:
+        """Add these rows of another cache (rows may repeat), made for the same model, max_target_tokens and step_tokens.
+
+        Everything is copied once, into one new array: at most both caches and their sum are held.
+        """
         if (other.rings, other.buffers.keys()) != (self.rings, self.buffers.keys()):
             raise ValueError(
                 f"the caches hold {other.max_tokens} and {self.max_tokens} target tokens, "
-                f"{other.step_tokens} and {self.step_tokens} a step; a row moves only between caches made alike"
+                f"{other.step_tokens} and {self.step_tokens} a step; rows join only caches made alike"
             )
-        self.memory_lengths[row] = other.memory_lengths[other_row]
-        self.lengths[row], self._written[row] = other.lengths[other_row], other._written[other_row]
-        self._make_room(self.step_tokens)
-        for step in self._steps.values():
-            step.follows = None
+        chosen, first = list(rows), len(self.lengths)
+        self.memory_lengths = np.concatenate([self.memory_lengths, other.memory_lengths[chosen]])
+        self.lengths = np.concatenate([self.lengths, other.lengths[chosen]])
+        self._written = np.concatenate([self._written, other._written[chosen]])
+        for place, slots in self._needed(self.step_tokens).items():
+            self._slots[place] = max(self._slots[place], self._rounded_up(place, slots))
+        self._rebuild(range(first), len(chosen))
         for name, buffer in self.buffers.items():
-            found = other.buffers[name][other_row]
-            slots = min(found.shape[1], buffer.shape[2])
-            buffer[row, :, :slots] = found[:, :slots]
-        for step in self._steps.values():
-            step.hide_memory()
+            found = other.buffers[name]
+            slots = min(found.shape[2], buffer.shape[2])
+            for row, former in enumerate(chosen, first):
+                buffer[row, :, :slots] = found[former, :, :slots]
 
     def place(self, name: str) -> str:
         """Which slots a buffer has: those of "local" or "global" layers, or of the "memory" where it lies apart."""
@@ -210,14 +215,32 @@ class OnnxCache:
         needed = self._needed(num_tokens)
         if all(slots <= self._slots.get(place, 0) for place, slots in needed.items()):
             return
-        self._steps.clear()
         for place, slots in needed.items():
             if slots > self._slots.get(place, 0):
                 self._slots[place] = self._rounded_up(place, slots)
-        for name, buffer in self.buffers.items():
-            more = self._slots[self.place(name)] - buffer.shape[2]
-            if more:
-                self.buffers[name] = np.pad(buffer, ((0, 0), (0, 0), (0, more), (0, 0)))
+        self._rebuild(range(len(self.lengths)))
+
+    def _rebuild(self, rows: Sequence[int], more: int = 0) -> None:
+        """Buffers of these rows, and `more` empty ones, with as many slots as `_slots` says: views of one array.
+
+        Of a large array the kernel makes huge pages where it can (numpy asks for them): reading it is a tenth faster.
+        """
+        shapes = {
+            name: (len(rows) + more, buffer.shape[1], self._slots[self.place(name)], buffer.shape[3])
+            for name, buffer in self.buffers.items()
+        }
+        sizes = [-(-math.prod(shapes[name]) * b.itemsize // ALIGNMENT) * ALIGNMENT for name, b in self.buffers.items()]
+        self._steps.clear()  # they are bound to the former buffers
+        whole = np.zeros(sum(sizes) + ALIGNMENT, np.uint8)
+        place = -whole.ctypes.data % ALIGNMENT
+        for (name, old), size in zip(self.buffers.items(), sizes, strict=True):
+            shape = shapes[name]
+            new = whole[place : place + math.prod(shape) * old.itemsize].view(old.dtype).reshape(shape)
+            slots = min(shape[2], old.shape[2])
+            for row, former in enumerate(rows):
+                new[row, :, :slots] = old[former, :, :slots]
+            self.buffers[name] = new
+            place += size
 
     def _rounded_up(self, place: str, slots: int) -> int:
         if place == "memory":
@@ -273,14 +296,9 @@ class _Step:
                 self._output("new_" + name.removeprefix("past_"), buffer)
         if not cache.merged:
             self.hidden_memory = np.zeros((batch_size, 1, 1, cache.num_slots("memory")), np.float32)
+            here = np.arange(self.hidden_memory.shape[3]) < cache.memory_lengths[:, None]
+            self.hidden_memory[:, 0, 0] = np.where(here, np.float32(0), HIDDEN)  # the slots behind each row's source
             self._input("hidden_memory", self.hidden_memory)
-            self.hide_memory()
-
-    def hide_memory(self) -> None:
-        """Where the memory lies apart: hide the slots behind each row's source."""
-        if not self.cache.merged:
-            here = np.arange(self.hidden_memory.shape[3]) < self.cache.memory_lengths[:, None]
-            self.hidden_memory[:, 0, 0] = np.where(here, np.float32(0), HIDDEN)
 
     def prepare(self, ids: NDArray[np.int64]) -> None:
         """Everything but the buffers, for the tokens that come after the first `cache.lengths` of each row."""

@@ -49,10 +49,7 @@ class OnnxRows:
                 new.index_select(rows)
             self.cache = new
             return
-        first = self.num_rows
-        self.cache.index_select([*range(first), *[0] * len(rows)])
-        for place, row in enumerate(rows):
-            self.cache.put(first + place, new, row)
+        self.cache.extend(new, rows)
 
     def step(self, tokens: Sequence[Sequence[int]]) -> list[RowLogits]:
         assert self.cache is not None

@@ -27,7 +27,7 @@ from encore.checkpoint.packing import BLOCK_SIZES, KEY, is_packed_matrix, packin
 from encore.checkpoint.provenance import check_out, sha256, spoken_name
 from encore.checkpoint.writing import OutputTensor, Piece, copy_files, new_folder, write_json, write_weights
 from encore.config import ModelConfig, T5GemmaConfig
-from encore.quantize.blocks import DEFAULT_BLOCK_SIZES, PACKED_BITS, PackedKind, dequantise, quantise
+from encore.quantize.blocks import DEFAULT_BLOCK_SIZE, PACKED_BITS, PackedKind, dequantise, quantise, scales_of
 from encore.quantize.tensors import float_rows
 
 NUM_EXAMPLES, MAX_TOKENS = 256, 512
@@ -67,7 +67,7 @@ def quantize(
 
     Args:
         weights: bits of the layers' matrices, and of the vocabulary's.
-        block_size: how many weights share a scale, 32, 64 or 128; None takes `blocks.DEFAULT_BLOCK_SIZES`.
+        block_size: how many weights share a scale, 32, 64 or 128; None takes `blocks.DEFAULT_BLOCK_SIZE`.
         calibrate: files of pairs or texts (as a recipe names them) to round for; none = round to nearest.
         num_examples: rows of them that are read, each up to `max_tokens` tokens a side.
         progress: told texts read and of how many, while calibrating.
@@ -77,7 +77,7 @@ def quantize(
     started = time.monotonic()
     if weights not in PACKED_BITS:
         raise CheckpointError(f"weights is {weights!r}; expected one of {', '.join(PACKED_BITS)}")
-    block_size = DEFAULT_BLOCK_SIZES[weights] if block_size is None else block_size
+    block_size = DEFAULT_BLOCK_SIZE if block_size is None else block_size
     if block_size not in BLOCK_SIZES:
         raise CheckpointError(f"block_size is {block_size}; expected one of {', '.join(map(str, BLOCK_SIZES))}")
     folder = resolve(source)
@@ -183,7 +183,7 @@ def _packed(
             yield np.load(calibrated / f"{name.removesuffix('.weight')}.scales.npy").reshape(-1).view(np.uint8)
             return
         for rows in float_rows(info):
-            yield quantise(rows, bits, block_size)[1].reshape(-1).view(np.uint8)
+            yield scales_of(rows, bits, block_size).reshape(-1).view(np.uint8)
 
     return [
         OutputTensor(info.name, "U8", shapes[0], codes),
