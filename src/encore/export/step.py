@@ -115,10 +115,13 @@ class StepGraph(LayerGraph):
         return self.node("ScatterElements", first, ids, full, axis=-1)
 
     def _log_sums(self, logits: str) -> None:
-        """Piece by piece, so that threads share the vocabulary of one token."""
-        largest = self.node("ReduceMax", logits, self.integers(-1))
-        total = self.node("ReduceSum", self.node("Exp", self.node("Sub", logits, largest)), self.integers(-1))
-        self.node("Add", self.node("Log", total), largest, output="log_sums")
+        """Piece by piece, so that threads share the vocabulary of one token.
+
+        LogSoftmax subtracts what is wanted here from every logit, in one pass; the difference at one place tells it.
+        """
+        first = self.integers(0), self.integers(1), self.integers(-1)
+        before, after = (self.node("Slice", x, *first) for x in (logits, self.node("LogSoftmax", logits, axis=-1)))
+        self.node("Sub", before, after, output="log_sums")
 
     def _self_attention(self, h: str, i: int, kind: LayerType) -> str:
         """Over the cache of the layer, which the new keys and values are written to first."""

@@ -175,7 +175,7 @@ class OnnxCache:
         self._written = self._written[chosen]
 
     def extend(self, other: OnnxCache, rows: Sequence[int]) -> None:
-        """Add these rows of another cache (rows may repeat), made for the same model, max_target_tokens and step_tokens.
+        """Add these rows (they may repeat) of another cache made for the same model, max_target_tokens and step_tokens.
 
         Everything is copied once, into one new array: at most both caches and their sum are held.
         """
