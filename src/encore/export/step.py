@@ -2,7 +2,7 @@
 
     memory.onnx   states (B, S, D) -> for every decoder layer the keys (normed, not rotated) and values (B, K, S, E)
     step.onnx     T >= 1 target ids per row -> logits (B, T, V); keys and values written into the caches in place;
-                  log_sums (B, T, P, 1), the logarithm of the summed exponentials of each P-th of the vocabulary
+                  log_sums (B, T), the logarithm of their summed exponentials
 
 An int8 head of a large vocabulary is most of what a step of a small model reads. It may go in two passes: products with
 the upper four bits of every weight, then what the lower four add for the CANDIDATES best words and for the ids in
@@ -100,7 +100,7 @@ class StepGraph(LayerGraph):
         self.output("logits", FLOAT, ["B", "T", table.num_rows])
         pieces = math.gcd(table.num_rows, PIECES)
         self._log_sums(self.node("Reshape", "logits", self.integers(0, 0, pieces, -1)))
-        self.output("log_sums", FLOAT, ["B", "T", pieces, 1])
+        self.output("log_sums", FLOAT, ["B", "T"])
 
     def _logits(self, h: str, table: Matrix) -> str:
         first = self.linear(h, table)
@@ -121,7 +121,8 @@ class StepGraph(LayerGraph):
         """
         first = self.integers(0), self.integers(1), self.integers(-1)
         before, after = (self.node("Slice", x, *first) for x in (logits, self.node("LogSoftmax", logits, axis=-1)))
-        self.node("Sub", before, after, output="log_sums")
+        sums = self.node("Sub", before, after)
+        self.node("ReduceLogSumExp", sums, self.integers(2, 3), keepdims=0, output="log_sums")
 
     def _self_attention(self, h: str, i: int, kind: LayerType) -> str:
         """Over the cache of the layer, which the new keys and values are written to first."""

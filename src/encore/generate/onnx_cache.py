@@ -68,9 +68,8 @@ class OnnxCache:
             if value.name.startswith(("past_", "memory_")):
                 shape = (len(self.lengths), stack.num_key_value_heads, 0, value.shape[3])
                 self.buffers[value.name] = np.zeros(shape, _DTYPES[value.type])
-        self.log_sum_pieces = next((v.shape[2] for v in session.get_outputs() if v.name == "log_sums"), 0)
-        self.log_sums: NDArray[np.float64] | None = None
-        """After a step: the logarithm of the summed exponentials of its logits, (B, T), where the graph gives it."""
+        self.log_sums: NDArray[np.float32] | None = None
+        """After a step: the logarithm of the summed exponentials of its logits, (B, T), overwritten by the next."""
         self._slots: dict[str, int] = {}
         self._steps: dict[int, _Step] = {}
         self._make_room(step_tokens)
@@ -133,8 +132,7 @@ class OnnxCache:
         self._written = np.maximum(self._written, self.lengths + num_tokens)
         self.lengths = self.lengths + new
         step.follows = self.lengths if num_tokens == 1 and counts is None else None
-        if step.log_sums is not None:
-            self.log_sums = np.logaddexp.reduce(step.log_sums.astype(np.float64), axis=(2, 3))
+        self.log_sums = step.log_sums
         return step.logits
 
     def rollback(self, lengths: ArrayLike) -> None:
@@ -274,10 +272,8 @@ class _Step:
             self.wanted = np.zeros((batch_size, num_tokens, 1), np.int64)
             self._input("wanted", self.wanted)
         self._output("logits", self.logits)
-        self.log_sums: NDArray[np.float32] | None = None
-        if cache.log_sum_pieces:
-            self.log_sums = np.zeros((batch_size, num_tokens, cache.log_sum_pieces, 1), np.float32)
-            self._output("log_sums", self.log_sums)
+        self.log_sums = np.zeros((batch_size, num_tokens), np.float32)
+        self._output("log_sums", self.log_sums)
         queries = 1 if num_tokens == 1 else num_tokens * groups
         for kind in cache.rings:
             name = NAMES[kind]

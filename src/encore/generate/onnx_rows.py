@@ -34,7 +34,7 @@ class OnnxRows:
         return 0 if self.cache is None else self.cache.num_bytes
 
     @property
-    def log_sums(self) -> NDArray[np.float64] | None:
+    def log_sums(self) -> NDArray[np.float32] | None:
         return None if self.cache is None else self.cache.log_sums
 
     def join(self, sources: Sequence[Sequence[int]], copies: Sequence[int], pictures: PicturesOfRows = None) -> None:

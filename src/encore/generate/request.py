@@ -153,7 +153,7 @@ class Request:
         return Event(self.row, token, log_probability, text, self.finish_reason)
 
     def accept_drafted(
-        self, logits: NDArray[np.float32], draft: Sequence[int], log_sums: NDArray[np.float64] | None = None
+        self, logits: NDArray[np.float32], draft: Sequence[int], log_sums: NDArray[np.float32] | None = None
     ) -> list[Event]:
         """As `accept`, after a step over the last token and a draft: logits (1 + len(draft), V).
 

@@ -56,7 +56,7 @@ class Rows(Protocol):
         ...
 
     @property
-    def log_sums(self) -> NDArray[np.float64] | None:
+    def log_sums(self) -> NDArray[np.float32] | None:
         """(rows, T) after a step: log-sum-exp of its logits, if the model gave it with them."""
         ...
 

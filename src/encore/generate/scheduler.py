@@ -156,7 +156,7 @@ class Scheduler:
                         deliveries.append((row.job, None))
             self._drop_ended()
 
-    def _log_sums(self, num_rows: int) -> Sequence[NDArray[np.float64] | None]:
+    def _log_sums(self, num_rows: int) -> Sequence[NDArray[np.float32] | None]:
         log_sums = self.rows.log_sums
         return [None] * num_rows if log_sums is None else list(log_sums)
 
