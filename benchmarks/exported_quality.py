@@ -3,11 +3,12 @@
     python benchmarks/exported_quality.py --sentences 1000
     python benchmarks/exported_quality.py --sentences 200 --only int4/32,int4/32/gptq
 
-One row per way to run it, named WEIGHTS/BLOCK[/gptq][/cache8][/blocks]: bits per weight (scales included), folder
-size, loss of the references in nats per token, BLEU and chrF against all references, and how many answers are, letter
-for letter, those of torch in float32. Without gptq weights are rounded to nearest; gptq reads pairs of the training
-data. The encoder's layers are int8 with a scale for each token (`--activations int8-rows`); with blocks or gptq they
-are packed like the decoder's.
+One row per way to run it, named WEIGHTS/BLOCK[/gptq][/cache8][/blocks][/two-pass]: bits per weight (scales included),
+folder size, loss of the references in nats per token, BLEU and chrF against all references, and how many answers are,
+letter for letter, those of torch in float32. Without gptq weights are rounded to nearest; gptq reads pairs of the
+training data. The encoder's layers are int8 with a scale for each token (`--activations int8-rows`); with blocks or
+gptq they are packed like the decoder's. two-pass reads the int8 head in two passes, as is the default for large
+vocabularies.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ WAYS = (
     "float32/0/cache8",
     "int8/128",
     "int8/128/cache8",
+    "int8/128/two-pass",
     "int8/128/blocks",
     *(f"{weights}/{block}{method}" for weights in ("int8-head-int4", "int4") for block in (32, 64, 128)
       for method in ("", "/blocks", "/gptq")),
@@ -73,6 +75,7 @@ def write(model: str, way: str, scratch: Path, num_examples: int) -> tuple[Path,
     cache = "int8" if "cache8" in rest else "float32"
     activations = "int8" if {"blocks", "gptq"} & set(rest) else "int8-rows"
     options = {"block_size": block_size, "cache": cache, "activations": activations, "force": True}
+    options["two_pass_head"] = "two-pass" in rest
     written = export(source, out, weights, **options)  # pyright: ignore
     size = sum(path.stat().st_size for path in out.iterdir())
     return out, {"bits_per_weight": round(written.bits_per_weight, 2), "folder_bytes": size}
