@@ -179,6 +179,11 @@ def test_packed_folders_are_exported_as_they_are(tiny: Path, tmp_path: Path) -> 
         export(tmp_path / "packed", tmp_path / "three", "int8")
     with pytest.raises(CheckpointError, match="holds packed weights already"):
         quantize(tmp_path / "packed", tmp_path / "three")
+    quantize(tiny, tmp_path / "packed8", "int8")
+    export(tmp_path / "packed8", tmp_path / "four", two_pass_head=True)
+    export(tiny, tmp_path / "five", "int8", two_pass_head=True, activations="int8")
+    four, five = (json.loads((tmp_path / name / "encore_export.json").read_text()) for name in ("four", "five"))
+    assert four["files"] == five["files"] and four["two_pass_head"]
 
 
 def test_calibration_reads_real_text_and_helps(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

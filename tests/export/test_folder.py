@@ -89,7 +89,7 @@ def test_the_encoder_alone(make: Callable, tmp_path: Path) -> None:
     assert memory.states.shape == (1, 3, 48)
     with pytest.raises(ExportError, match="cannot decode"):
         model.make_cache(memory, 3)
-    with pytest.raises(ExportError, match="exported without its memory graph; export the model again without"):
+    with pytest.raises(ExportError, match="exported without its step graph; export the model again without"):
         OnnxModel.load(tmp_path / "encoder")
 
 

@@ -146,7 +146,7 @@ def test_products_by_rows(exported: Callable, make: Callable, kind: str) -> None
     nodes = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
     assert len(nodes) == 7 * graphs.config.encoder.num_hidden_layers
     by_output = {node.output[0]: node for node in model.graph.node}
-    inputs = [by_output[by_output[node.input[0]].input[0]].input[0] for node in nodes]
+    inputs = [by_output[node.input[0]].input[0] for node in nodes]
     outputs = [node.output[0] for node in nodes]
     known = {value.name for value in model.graph.output}
     names = [name for name in dict.fromkeys([*inputs, *outputs]) if name not in known]

@@ -73,18 +73,18 @@ class EncoderGraph(LayerGraph):
     def products(self, x: str, layer: str, columns: int, **rows: int) -> list[str]:
         """x times each of some matrices (leaf name -> rows) of a layer: apart, since to split one result copies it."""
         if self.by_rows:
-            levels, scale = self._levels(x)
+            levels, scale = self._levels(x, columns)
             return [self.node("Mul", part, scale) for part in self._integer_products(levels, layer, columns, **rows)]
         matrix, ends = self.matrix(layer, columns, **rows), np.cumsum(list(rows.values())).tolist()
         return [self.linear(x, matrix.rows(end - n, end)) for n, end in zip(rows.values(), ends, strict=True)]
 
-    def _levels(self, x: str) -> tuple[str, str]:
-        """x (1, T, K) rounded to 128 + int8, and what a level is worth for each token."""
+    def _levels(self, x: str, size: int) -> tuple[str, str]:
+        """x (1, T, size) rounded to 128 + int8, and what a level is worth for each token."""
         largest, smallest = (self.node(kind, x, self.integers(-1)) for kind in ("ReduceMax", "ReduceMin"))
         largest = self.node("Max", largest, self.node("Neg", smallest), self.constant(127 * 1e-20))
         scale = self.node("Mul", largest, self.constant(1 / 127))
-        levels = self.node("QuantizeLinear", self.node("Div", x, scale), self.constant(1), self.constant(128, np.uint8))
-        return levels, scale
+        zero = self.node("Expand", self.constant(128, np.uint8), self.node("Shape", scale))
+        return self.node("QuantizeLinear", x, scale, zero, axis=2, block_size=size), scale
 
     def _integer_products(self, levels: str, layer: str, columns: int, **rows: int) -> list[str]:
         """Products with the matrices' scales in them, but not yet those of the tokens."""
@@ -113,7 +113,7 @@ class EncoderGraph(LayerGraph):
             gate, up = self.products(x, layer, hidden, gate_proj=inner, up_proj=inner)
             x = self.node("Mul", self.node("FastGelu", gate, domain=OURS), up)
             return self.products(x, layer, inner, down_proj=hidden)[0]
-        levels, scale = self._levels(x)
+        levels, scale = self._levels(x, hidden)
         gate, up = self._integer_products(levels, layer, hidden, gate_proj=inner, up_proj=inner)
         x = self.node("Mul", self.node("FastGelu", self.node("Mul", gate, scale), domain=OURS), up)
         # The tokens' scales, which `up` lacks, are multiplied in where there are fewest numbers: at the end.

@@ -100,7 +100,7 @@ def export(
         cache: how keys and values of memory and target are kept; see `attention.py`.
         two_pass_head: multiply with the upper four bits of an int8 head first, and with all eight only for the best
             logits (`step.py`): decoding a large vocabulary in four fifths of the time. None is yes for an int8 head of
-            `manifest.LARGE_VOCABULARY` words or more that was not packed by `encore quantize`.
+            `manifest.LARGE_VOCABULARY` words or more.
         encoder_only: the encoder graph alone, for embeddings.
         force: write into a folder that holds files already.
         progress: told bytes of matrices read, and of how many.
@@ -130,11 +130,11 @@ def export(
     activations = activations or ("int8-rows" if packed is None else "int8")
     block_size = check_weights(weights, block_size, activations, cache)
     decoder = config.decoder
-    possible = BITS[weights][1] == 8 and packed is None and decoder.vocab_size > CANDIDATES
+    possible = BITS[weights][1] == 8 and decoder.vocab_size > CANDIDATES
     if two_pass_head and not possible:
         raise ExportError(
-            f"a head goes in two passes if it is rounded to int8 here and has over {CANDIDATES} words; {folder} has "
-            f"{decoder.vocab_size} words, and the weights are {weights}{', packed already' if packed else ''}"
+            f"a head goes in two passes if it is int8 and has over {CANDIDATES} words; {folder} has "
+            f"{decoder.vocab_size} words, and the weights are {weights}"
         )
     in_planes = two_pass_head if two_pass_head is not None else possible and decoder.vocab_size >= LARGE_VOCABULARY
     target = Path(out)

@@ -201,7 +201,7 @@ class WeightsFile:
         lower: list[NDArray[np.uint8]] = []
         begin = self._align()
         if bits is not None and self.stored.packing is not None:
-            return self._packed(parts, num_columns, bits)
+            return self._packed(parts, num_columns, bits, planes)
         for part, rows in parts:
             for weight in self.stored.slices(part, (rows, num_columns)):
                 if bits is None:
@@ -247,18 +247,19 @@ class WeightsFile:
         self._write(scales)
         return RowMatrix(name, num_rows, num_columns, values, Place(begin, self._end - begin))
 
-    def _packed(self, parts: Sequence[tuple[str, int]], num_columns: int, bits: int) -> Matrix:
-        """`matrix`, of a folder that holds packed weights: copied as they are."""
+    def _packed(self, parts: Sequence[tuple[str, int]], num_columns: int, bits: int, planes: bool) -> Matrix:
+        """`matrix`, of a folder that holds packed weights: copied as they are, or taken apart into planes."""
         num_rows, blocks = sum(rows for _, rows in parts), -(-num_columns // self.block_size)
-        begin = self._end
-        for part, rows in parts:
-            self._write(self.stored.bytes_of(part, (rows, blocks, self.block_size * bits // 8)))
-        values = Place(begin, self._end - begin)
-        begin = self._align()
-        for part, rows in parts:
-            self._write(self.stored.bytes_of(scales_name(part), (rows, blocks)))
-        name, scales = "+".join(part for part, _ in parts), Place(begin, self._end - begin)
-        return Matrix(name, num_rows, num_columns, bits, self.block_size, values, scales)
+        shapes = [(rows, blocks, self.block_size * bits // 8) for _, rows in parts]
+        codes = [self.stored.bytes_of(part, shape) for (part, _), shape in zip(parts, shapes, strict=True)]
+        scales = [self.stored.bytes_of(scales_name(part), (rows, blocks)) for part, rows in parts]
+        name, lower = "+".join(part for part, _ in parts), []
+        if planes:
+            pairs = [in_planes(array.reshape(shape)) for array, shape in zip(codes, shapes, strict=True)]
+            codes, lower = ([pair[i] for pair in pairs] for i in (0, 1))
+            scales = [array.view(np.float32) * np.float32(16) for array in scales]
+        places = [self._written(arrays) for arrays in (codes, scales, lower) if arrays]
+        return Matrix(name, num_rows, num_columns, 4 if planes else bits, self.block_size, *places)
 
     def _written(self, arrays: Sequence[NDArray[Any]]) -> Place:
         begin = self._align()

@@ -96,7 +96,7 @@ class OnnxModel:
         config = read_config_file(folder)
         if not isinstance(config, T5GemmaConfig):
             raise ExportError(f"{folder}/config.json describes a {config.model_type}, which has no encoder")
-        wanted = ("encoder",) if part == "encoder" else ("encoder", "memory", "step")
+        wanted = ("encoder",) if part == "encoder" else ("step", "encoder", "memory")  # the longest to open first
         sessions = Sessions({name: manifest.graph(name) for name in wanted}, threads)
         return cls(manifest, config, dict(sessions) if wait else sessions)
 
@@ -240,7 +240,9 @@ def _session(path: Path, threads: int | None) -> InferenceSession:
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    options.enable_mem_pattern = path.name == GRAPH_FILES["step"]  # others would keep memory for every length they saw
+    if path.name != GRAPH_FILES["step"]:
+        options.enable_mem_pattern = False  # it would keep memory for every length that was seen
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # nothing follows a run at once
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a dozen classes of its own, without a common one
