@@ -95,7 +95,7 @@ class OpenVino:
 
 
 def keep_last_logits(model: Any) -> None:
-    """Cuts the head's input to its last position, in place, as OpenVINO GenAI does for generation.
+    """Cuts the head's input to its last position, in place.
 
     optimum-intel exports logits of all positions: 2 GB for 2,048 tokens, which no other runner computes.
     """
