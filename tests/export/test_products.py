@@ -8,6 +8,7 @@ products is the float32 graph's, which is compared there with torch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from numpy.typing import NDArray
 from onnx import helper
 from safetensors.numpy import load_file
 
+import encore
+from encore import assets
+from encore.config import T5GemmaConfig
+from encore.export import encoder
+from encore.export.folder import export
 from encore.export.graph import FLOAT
 from encore.export.manifest import CANDIDATES
 from encore.generate.onnx_backend import OnnxModel, log_probabilities
@@ -175,6 +181,42 @@ def test_products_by_rows(exported: Callable, make: Callable, kind: str) -> None
     states = [graph.encode(sources).states[1] for graph in (exact, blocks, graphs)]
     errors = [np.linalg.norm(found - states[0]) / np.linalg.norm(states[0]) for found in states[1:]]
     assert 0 < errors[0] < errors[1] < 0.06
+
+
+def encoder_states(config: T5GemmaConfig, folder: Path, sources: list[list[int]]) -> NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(folder / "encoder.onnx")
+    (states,) = session.run(["states"], encoder_feeds(config, sources))
+    return np.asarray(states)
+
+
+@pytest.mark.parametrize("norm", [None, 9.0])
+def test_integer_scores_by_tiles(
+    exported: Callable, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: float | None
+) -> None:
+    """Sources of many tiles and of one: as near the exact states as with fused attention, which large scores need."""
+    model, checkpoint = make("t5gemma2")
+    if norm is not None:  # of queries and keys: scores of which float32 has no exponentials
+        model = copy.deepcopy(model)
+        for layer in model.encoder.layers:
+            for part in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                part.weight.data.fill_(norm)
+        checkpoint = tmp_path / "checkpoint"
+        encore.save(model, checkpoint, tokenizer=encore.load_tokenizer(assets.path("tokenizer")))
+    sources = draw(700, 1, 300, 513)
+    states: list[NDArray[np.float32]] = []
+    for name, weights, largest in (("exact", "float32", 75.0), ("tiles", "int8", 75.0), ("fused", "int8", 0.0)):
+        monkeypatch.setattr(encoder, "LARGEST_SCORE", largest)
+        export(checkpoint, tmp_path / name, weights)  # pyright: ignore
+        states.append(encoder_states(model.config, tmp_path / name, sources))
+    exact, tiles, fused = states
+    assert np.isfinite(tiles).all()
+    if norm is not None:
+        return np.testing.assert_array_equal(tiles, fused)
+    errors = [np.linalg.norm(found - exact) / np.linalg.norm(exact) for found in (tiles, fused)]
+    assert (tiles != fused).any() and errors[0] < 1.1 * errors[1] < 0.06
+    alone = encoder_states(model.config, tmp_path / "tiles", sources[2:3])
+    difference = np.linalg.norm(tiles[:, 701:1001] - alone) / np.linalg.norm(alone)
+    assert difference < 0.05
 
 
 @pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])

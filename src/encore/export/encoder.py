@@ -15,24 +15,64 @@ in the cache). Equations: T5Gemma paper, section 2; T5Gemma 2 paper, section 2.
 With activations "int8-rows" each row of a matrix and each token have one scale, so a product is one of integers
 (LLM.int8(), Dettmers et al. 2022, section 2.1: without its columns of outliers). Such products take a third of
 the time of those in blocks with scales of their own, whatever their bits, because processors multiply int8 four times
-as fast as float32 as long as nothing lies between two sums.
+as fast as float32 as long as nothing lies between two sums. The scores of queries and keys that are normed are such
+products too (SageAttention, Zhang et al. 2025, section 4: a scale for each key and for each block of queries, while
+weights and values stay float32), and global layers go tile by tile in this graph (`_by_tiles`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper
 
 from encore.config import LayerType, T5GemmaConfig
 from encore.export.graph import FLOAT, INT8, INT64, OURS, LayerGraph
 from encore.export.manifest import Activations
-from encore.export.weights import Matrix, WeightsFile
+from encore.export.weights import ROW_LEVELS, Matrix, WeightsFile
+
+LARGEST_SCORE = 75.0
+"""Exponentials of scores up to here, and sums of a million of them, are float32 numbers."""
+
+TILE = 512
+"""Rows of queries, and keys, of a tile of scores at most."""
 
 PLACES = {"local": (1, 1, 1, 1, 2, 2), "global": (1, 1, 1, 1)}
 """The parts of a block's row: first query, their end, first key, their end; where its part of `local_window` (rows,
 columns) begins, and where it ends."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a block of queries sees: slices of a layer's keys and values, made where they are read."""
+
+    graph: LayerGraph
+    all_keys: str
+    all_values: str
+    integers: tuple[str, str, str] | None
+    start: str
+    end: str
+
+    def keys(self) -> str:
+        return self._slice(self.all_keys)
+
+    def values(self) -> str:
+        return self._slice(self.all_values)
+
+    def key_columns(self) -> str:
+        assert self.integers is not None
+        return self._slice(self.integers[0], axis=1)
+
+    def key_scales(self) -> str:
+        assert self.integers is not None
+        return self._slice(self.integers[1])
+
+    def _slice(self, x: str, axis: int = 0) -> str:
+        return self.graph.node("Slice", x, self.start, self.end, self.graph.integers(axis))
 
 
 class EncoderGraph(LayerGraph):
@@ -40,6 +80,7 @@ class EncoderGraph(LayerGraph):
         super().__init__("encoder", activations, config.encoder, "encoder.", file, bits)
         self.config = config
         self.by_rows = activations == "int8-rows" and bits is not None
+        self.scores_of_integers = self.by_rows and self.stack.qk_norm and self.stack.attn_logit_softcapping is None
 
     def build(self, table: Matrix) -> None:
         """`table`: the embedding that the encoder reads."""
@@ -78,13 +119,13 @@ class EncoderGraph(LayerGraph):
         matrix, ends = self.matrix(layer, columns, **rows), np.cumsum(list(rows.values())).tolist()
         return [self.linear(x, matrix.rows(end - n, end)) for n, end in zip(rows.values(), ends, strict=True)]
 
-    def _levels(self, x: str, size: int) -> tuple[str, str]:
-        """x (1, T, size) rounded to 128 + int8, and what a level is worth for each token."""
+    def _levels(self, x: str, size: int, levels: int = 127, zero: str = "") -> tuple[str, str]:
+        """x (1, T, size) rounded to zero (128) + -levels … levels, and what a level is worth for each token."""
         largest, smallest = (self.node(kind, x, self.integers(-1)) for kind in ("ReduceMax", "ReduceMin"))
-        largest = self.node("Max", largest, self.node("Neg", smallest), self.constant(127 * 1e-20))
-        scale = self.node("Mul", largest, self.constant(1 / 127))
-        zero = self.node("Expand", self.constant(128, np.uint8), self.node("Shape", scale))
-        return self.node("QuantizeLinear", x, scale, zero, axis=2, block_size=size), scale
+        largest = self.node("Max", largest, self.node("Neg", smallest), self.constant(levels * 1e-20))
+        scale = self.node("Mul", largest, self.constant(1 / levels))
+        zeros = self.node("Expand", zero or self.constant(128, np.uint8), self.node("Shape", scale))
+        return self.node("QuantizeLinear", x, scale, zeros, axis=2, block_size=size), scale
 
     def _integer_products(self, levels: str, layer: str, columns: int, **rows: int) -> list[str]:
         """Products with the matrices' scales in them, but not yet those of the tokens."""
@@ -129,12 +170,13 @@ class EncoderGraph(LayerGraph):
         k = self._rotated(self.head_norm(k, layer, "self_attn.k_norm"), kind)
         q = self.node("Reshape", self.by_key_head(q, self.groups), self.integers(-1, self.groups, stack.head_dim))
         keys, values = (self.node("Reshape", self.by_key_head(x), self.integers(-1, stack.head_dim)) for x in (k, v))
+        integers = self._integer_keys(keys) if self.scores_of_integers else None
 
         def part(places: str) -> str:
             parts = self.nodes_of("Split", [places, self.integers(*PLACES[kind])], len(PLACES[kind]), axis=0)
             block = self.node("Slice", q, *parts[:2], self.integers(0))
-            seen = [self.node("Slice", x, *parts[2:4], self.integers(0)) for x in (keys, values)]
-            return self._attend(block, *seen, window=parts[4:])
+            seen = Seen(self, keys, values, integers, parts[2], parts[3])
+            return self._attend_locally(block, seen, parts[4:]) if parts[4:] else self._attend_globally(block, seen)
 
         out = self._in_blocks(f"{kind}_blocks", f"{layer}self_attn", part, axis=0)  # (K x T, G, E)
         if kv_heads > 1:
@@ -146,36 +188,150 @@ class EncoderGraph(LayerGraph):
     def _rotated(self, x: str, kind: str) -> str:
         return self.node("RotaryEmbedding", x, self.integers(0), f"cos_{kind}", f"sin_{kind}", domain=OURS)
 
-    def _attend(self, q: str, keys: str, values: str, window: list[str]) -> str:
-        """Queries (C, G, E) over keys and values (J, E) -> (C, G, E). `window`: where its part begins, ends."""
+    def _integer_keys(self, keys: str) -> tuple[str, str, str]:
+        """Keys (K x T, E) as columns (E, K x T) in -63 … 63, what a level of each is worth, the norm of the longest."""
+        rows = self.node("Unsqueeze", keys, self.integers(0))
+        levels, scales = self._levels(rows, self.stack.head_dim, ROW_LEVELS, self.constant(0, np.int8))
+        columns = self.node("Transpose", self.node("Squeeze", levels, self.integers(0)), perm=[1, 0])
+        return columns, self.node("Reshape", scales, self.integers(-1)), self._longest(keys)
+
+    def _longest(self, x: str) -> str:
+        return self.node("ReduceMax", self.node("ReduceL2", x, self.integers(-1)), keepdims=0)
+
+    def _query_levels(self, q: str) -> tuple[str, str]:
+        """Queries rounded to 128 + int8, and what a level of all of them is worth in scores."""
+        largest = self.node("Max", self.node("ReduceMax", self.node("Abs", q), keepdims=0), self.constant(127 * 1e-20))
+        scale = self.node("Mul", largest, self.constant(1 / 127))
+        levels = self.node("QuantizeLinear", q, scale, self.constant(128, np.uint8))
+        return levels, self.node("Mul", scale, self.constant(self.attention_scale))
+
+    def _integer_scores(self, levels: str, scale: str, keys: str, key_scales: str) -> str:
+        zero = self.constant(128, np.uint8)
+        return self.node("MatMulIntegerToFloat", levels, keys, scale, key_scales, zero, domain=OURS)
+
+    def _attend_locally(self, q: str, seen: Seen, window: list[str]) -> str:
+        """Queries (C, G, E) over what they see -> (C, G, E). `window`: where its part begins, ends."""
+        if seen.integers is None:
+            scores = self._capped(self.fused_product(q, seen.keys(), self.attention_scale))
+        else:
+            scores = self._integer_scores(*self._query_levels(q), seen.key_columns(), seen.key_scales())
+        scores = self.node("Add", scores, self.node("Slice", "local_window", *window, self.integers(0, 2)))
+        return self.node("MatMul", self.node("Softmax", scores, axis=-1), seen.values())
+
+    def _capped(self, scores: str) -> str:
         cap = self.stack.attn_logit_softcapping
-        if not window and cap is None:
-            parts = [self.node("Reshape", x, self.integers(1, -1, self.stack.head_dim)) for x in (q, keys, values)]
-            out = self.node("MultiHeadAttention", *parts, domain=OURS, num_heads=1, scale=self.attention_scale)
-            return self.node("Reshape", out, self.integers(-1, self.groups, self.stack.head_dim))
-        scores = self.fused_product(q, keys, self.attention_scale)
-        scores = self.softcapped(scores, None if cap is None else self.constant(cap))
-        if window:
-            scores = self.node("Add", scores, self.node("Slice", "local_window", *window, self.integers(0, 2)))
-        return self.node("MatMul", self.node("Softmax", scores, axis=-1), values)
+        return self.softcapped(scores, None if cap is None else self.constant(cap))
+
+    def _attend_globally(self, q: str, seen: Seen) -> str:
+        """Queries (C, G, E) over what they see -> (C, G, E)."""
+        if self.stack.attn_logit_softcapping is not None:
+            scores = self._capped(self.fused_product(q, seen.keys(), self.attention_scale))
+            return self.node("MatMul", self.node("Softmax", scores, axis=-1), seen.values())
+        if seen.integers is None:
+            return self._fused(q, seen)
+        # By Cauchy and Schwarz no score is larger than this.
+        bound = self.node("Mul", self._longest(q), seen.integers[2])
+        small = self.node("Less", bound, self.constant(LARGEST_SCORE / self.attention_scale))
+        tiles, fused = (self._branch(attend, q, seen) for attend in (self._by_tiles, self._fused))
+        return self.node("If", small, then_branch=tiles, else_branch=fused)
+
+    def _branch(self, attend: Callable[[str, Seen], str], q: str, seen: Seen) -> onnx.GraphProto:
+        with self._inside(attend.__name__.strip("_")) as nodes:
+            out = attend(q, seen)
+        return helper.make_graph(nodes, attend.__name__, [], [_value(out)])
+
+    def _fused(self, q: str, seen: Seen) -> str:
+        parts = [
+            self.node("Reshape", x, self.integers(1, -1, self.stack.head_dim)) for x in (q, seen.keys(), seen.values())
+        ]
+        out = self.node("MultiHeadAttention", *parts, domain=OURS, num_heads=1, scale=self.attention_scale)
+        return self.node("Reshape", out, self.integers(-1, self.groups, self.stack.head_dim))
+
+    def _by_tiles(self, q: str, seen: Seen) -> str:
+        """Sums over tiles of keys of exp(scores), and of exp(scores) x values, for one tile of queries after the other.
+
+        The scores are small enough not to need their maximum subtracted first, which would be further passes over each
+        tile. Tiles are equally large; the keys and queries that fill up the last ones count as 0 and are cut off.
+        """
+        size = self.stack.head_dim
+        rows = self.node("Reshape", q, self.integers(-1, size))
+        values = seen.values()
+        one = self.node(
+            "Expand", self.constant(1.0), self.node("Concat", self._length(values), self.integers(1), axis=0)
+        )
+        columns = self._tiles(seen.key_columns(), 1)  # (E, n, J)
+        keys = self.node("Transpose", columns, perm=[1, 0, 2])
+        asked = [keys, *(self._tiles(x, 0) for x in (seen.key_scales(), values, one))]
+        with self._inside("queries") as of_queries:
+            tile = f"{self.prefix}tile"
+            levels, scale = self._query_levels(tile)
+            zeros = self.node("ConstantOfShape", self.node("Shape", tile))
+            zero = self.node("ReduceMax", zeros, self.integers(-1))
+            with self._inside("keys") as of_keys:
+                found, total, *seen_tile = (f"{self.prefix}{name}" for name in ("found", "total", "k", "s", "v", "one"))
+                weights = self.node("Exp", self._integer_scores(levels, scale, *seen_tile[:2]))
+                sums = [
+                    self.node("Gemm", weights, factor, before)
+                    for before, factor in zip((found, total), seen_tile[2:], strict=True)
+                ]
+            inputs = [_value(found), _value(total), _value(seen_tile[0], INT8), *map(_value, seen_tile[1:])]
+            body = helper.make_graph(of_keys, "keys", inputs, list(map(_value, sums)))
+            found, total = self.nodes_of("Scan", [zeros, zero, *asked], 2, body=body, num_scan_inputs=len(asked))
+            out = self.node("Div", found, total)
+        body = helper.make_graph(of_queries, "queries", [_value(tile)], [_value(out)])
+        out = self.node(
+            "Reshape", self.node("Scan", self._tiles(rows, 0), body=body, num_scan_inputs=1), self.integers(-1, size)
+        )
+        out = self.node("Slice", out, self.integers(0), self._length(rows))
+        return self.node("Reshape", out, self.integers(-1, self.groups, size))
+
+    def _length(self, x: str, axis: int = 0) -> str:
+        return self.node("Shape", x, start=axis, end=axis + 1)
+
+    def _tiles(self, x: str, axis: int) -> str:
+        """`axis` of x, filled up with 0, in equal parts: (…, L, …) -> (…, n, J, …) with J <= TILE."""
+        length = self._length(x, axis)
+        count = self._parts(length, self.integers(TILE))
+        size = self._parts(length, count)
+        missing = self.node("Sub", self.node("Mul", count, size), length)
+        padded = self.node("Pad", x, self.node("Concat", self.integers(0), missing, axis=0), "", self.integers(axis))
+        before = [self._length(x, 0)] if axis else []
+        after = self.node("Shape", x, start=axis + 1)
+        return self.node("Reshape", padded, self.node("Concat", *before, count, size, after, axis=0))
+
+    def _parts(self, length: str, size: str) -> str:
+        """How many parts of a size there are in a length, rounded up."""
+        return self.node("Div", self.node("Sub", self.node("Add", length, size), self.integers(1)), size)
+
+    # --- subgraphs
+
+    @contextmanager
+    def _inside(self, label: str) -> Iterator[list[onnx.NodeProto]]:
+        """Nodes are those of a subgraph, which it gives."""
+        nodes, prefix = self.nodes, self.prefix
+        self.nodes, self.prefix = [], f"{prefix}{label.replace('.', '_')}_"
+        yield self.nodes
+        self.nodes, self.prefix = nodes, prefix
 
     def _in_blocks(self, table: str, label: str, part: Callable[[str], str], axis: int) -> str:
         """What `part` makes of each row of a table of blocks, one behind the other along `axis`."""
-        nodes, prefix = self.nodes, self.prefix
-        self.nodes, self.prefix = [], f"{label.replace('.', '_')}_"
-        block, go_on, still, before, after = (
-            f"{self.prefix}{name}" for name in ("i", "go_on", "still", "before", "after")
-        )
-        result = part(self.node("Gather", table, block, axis=0))
-        self.node("SequenceInsert", before, result, output=after)
-        self.node("Identity", go_on, output=still)
+        with self._inside(label) as nodes:
+            block, go_on, still, before, after = (
+                f"{self.prefix}{name}" for name in ("i", "go_on", "still", "before", "after")
+            )
+            result = part(self.node("Gather", table, block, axis=0))
+            self.node("SequenceInsert", before, result, output=after)
+            self.node("Identity", go_on, output=still)
         value, sequence = helper.make_tensor_value_info, helper.make_tensor_sequence_value_info
         inputs = [value(block, INT64, []), value(go_on, TensorProto.BOOL, []), sequence(before, FLOAT, None)]
         outputs = [value(still, TensorProto.BOOL, []), sequence(after, FLOAT, None)]
-        body = helper.make_graph(self.nodes, label, inputs, outputs)
-        self.nodes, self.prefix = nodes, prefix
+        body = helper.make_graph(nodes, label, inputs, outputs)
         count = self.node("Squeeze", self.node("Shape", table, end=1))
         return self.node("ConcatFromSequence", self.node("Loop", count, "", "no_blocks", body=body), axis=axis)
+
+
+def _value(name: str, kind: int = FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, None)
 
 
 def short(kind: LayerType) -> str:
