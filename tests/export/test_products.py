@@ -28,6 +28,7 @@ from encore.export import encoder
 from encore.export.folder import export
 from encore.export.graph import FLOAT
 from encore.export.manifest import CANDIDATES
+from encore.generate import onnx_inputs
 from encore.generate.onnx_backend import OnnxModel, log_probabilities
 from encore.generate.onnx_cache import OnnxCache
 from encore.generate.onnx_inputs import encoder_feeds
@@ -194,6 +195,7 @@ def test_integer_scores_by_tiles(
     exported: Callable, make: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: float | None
 ) -> None:
     """Sources of many tiles and of one: as near the exact states as with fused attention, which large scores need."""
+    monkeypatch.setattr(onnx_inputs, "GLOBAL_BLOCK", 400)
     model, checkpoint = make("t5gemma2")
     if norm is not None:  # of queries and keys: scores of which float32 has no exponentials
         model = copy.deepcopy(model)

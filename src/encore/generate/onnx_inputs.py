@@ -1,8 +1,8 @@
 """What the exported encoder is fed with beside the ids: rotations, and blocks of queries. numpy only.
 
 The sources of a batch lie one after the other, so none is padded. A local layer goes through each in blocks of queries,
-with the keys that these reach, so that it computes O(S x window) scores; a global one whole, or in blocks as well where
-the graph holds the scores that it computes.
+with the keys that these reach, so that it computes O(S x window) scores; a global one in larger blocks, or in smaller
+ones where the graph holds all the scores that it computes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ MAX_SCORES = 1 << 23
 MIN_BLOCK, MAX_BLOCK = 32, 128
 """Queries per block of a local layer: about a quarter of what a query sees, within these bounds. Smaller ones compute
 fewer scores outside the window, larger ones pay less for reading the keys; 64 to 128 were equally fast at 512."""
+
+GLOBAL_BLOCK = 2048
+"""Queries per block of a global layer: enough to make little of slicing the keys for each."""
 
 TOKEN_BLOCK = 512
 """Tokens that go through a feed-forward part at a time: what lies between its products stays in the cache."""
@@ -63,7 +66,7 @@ def encoder_feeds(config: T5GemmaConfig, sources: Sequence[Sequence[int]]) -> Fe
         name = "local" if kind == "sliding_attention" else "global"
         for part, values in zip(("cos", "sin"), rotation(stack.rope(kind), stack.head_dim, longest), strict=True):
             feeds[f"{part}_{name}"] = np.concatenate([values[:length] for length in lengths])
-        before, after, block = longest, longest, longest
+        before, after, block = longest, longest, GLOBAL_BLOCK
         if name == "local":
             before, after = min(left, longest), min(right, longest)
             block = int(np.clip((left + right + 1) // 4, MIN_BLOCK, MAX_BLOCK))
