@@ -166,8 +166,8 @@ class EncoderGraph(LayerGraph):
         stack, kv_heads = self.stack, self.stack.num_key_value_heads
         sizes = {"q_proj": self.query_size, "k_proj": self.key_size, "v_proj": self.key_size}
         q, k, v = self.products(h, f"{layer}self_attn.", stack.hidden_size, **sizes)
-        q = self._rotated(self.head_norm(q, layer, "self_attn.q_norm"), kind)
-        k = self._rotated(self.head_norm(k, layer, "self_attn.k_norm"), kind)
+        q = self._rotated(self.norm_by_head(q, stack.num_attention_heads, layer, "self_attn.q_norm"), kind)
+        k = self._rotated(self.norm_by_head(k, stack.num_key_value_heads, layer, "self_attn.k_norm"), kind)
         q = self.node("Reshape", self.by_key_head(q, self.groups), self.integers(-1, self.groups, stack.head_dim))
         keys, values = (self.node("Reshape", self.by_key_head(x), self.integers(-1, stack.head_dim)) for x in (k, v))
         integers = self._integer_keys(keys) if self.scores_of_integers else None

@@ -237,15 +237,15 @@ class LayerGraph(Graph):
         return self.node("Where", here, self.constant(end_of_image[1]), x)
 
     def head_norm(self, x: str, layer: str, name: str) -> str:
-        """The RMSNorm of each head of (B, T, heads x E), where the stack has one."""
-        if not self.stack.qk_norm:
-            return x
-        size = self.stack.head_dim
-        x = self.norm(self.node("Reshape", x, self.integers(0, 0, -1, size)), f"{layer}{name}", size)
-        return self.node("Reshape", x, self.integers(0, 0, self._heads_size(name)))
+        """The RMSNorm of heads (…, E), where the stack has one."""
+        return self.norm(x, f"{layer}{name}", self.stack.head_dim) if self.stack.qk_norm else x
 
-    def _heads_size(self, name: str) -> int:
-        return self.query_size if name.endswith("q_norm") else self.key_size
+    def norm_by_head(self, x: str, heads: int, layer: str, name: str) -> str:
+        """`head_norm` of (B, T, heads x E)."""
+        if not self.stack.qk_norm or heads == 1:
+            return self.head_norm(x, layer, name)
+        x = self.node("Reshape", x, self.integers(0, 0, heads, -1))
+        return self.node("Reshape", self.head_norm(x, layer, name), self.integers(0, 0, -1))
 
     def by_key_head(self, x: str, groups: int = 1) -> str:
         """(B, T, K x groups x E) -> (B, K, T x groups, E): per key head, token by token, the rows that share it."""

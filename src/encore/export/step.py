@@ -37,6 +37,9 @@ from encore.export.weights import Matrix, WeightsFile
 
 KEY_NORM = "k_norm"
 
+GROUP = 64
+"""Words of the vocabulary whose greatest logit stands for them when the best are sought."""
+
 PIECES = 64
 """How many parts of the vocabulary the exponentials are summed in, at most."""
 
@@ -65,6 +68,8 @@ class StepGraph(LayerGraph):
         self.kept = KeptKeys(self, cache)
         self.merged = config.model_type == "t5gemma2"
         self.readers: list[MemoryReader] = []
+        self._once: dict[str, str] = {}
+        """Values that all layers share, by what they are."""
 
     def build(self, table: Matrix) -> None:
         """`table`: the vocabulary's matrix, embedding and head."""
@@ -106,13 +111,31 @@ class StepGraph(LayerGraph):
         first = self.linear(h, table)
         if table.lower is None:
             return first
-        best = self.nodes_of("TopK", [first, self.integers(CANDIDATES)], 2, axis=-1, sorted=0)[1]
+        if self.config.final_logit_softcapping is None:  # the caller binds it where the logits go: nothing is copied
+            self.nodes[-1].output[0] = first = self.output("first_logits", FLOAT, ["B", "T", table.num_rows])
+        best = self._best(first, table.num_rows)
         ids = self.node("Concat", best, self.input("wanted", INT64, ["B", "T", "W"]), axis=-1)
         rest = self.node("MatMul", self.lower_rows(table, ids), self.node("Unsqueeze", h, self.integers(-1)))
         full = self.node(
             "Add", self.node("GatherElements", first, ids, axis=-1), self.node("Squeeze", rest, self.integers(-1))
         )
         return self.node("ScatterElements", first, ids, full, axis=-1)
+
+    def _best(self, logits: str, vocab_size: int) -> str:
+        """The ids (B, T, CANDIDATES) of the greatest logits, which are in as many groups at most: by their maxima."""
+
+        def top(x: str) -> str:
+            return self.nodes_of("TopK", [x, self.integers(CANDIDATES)], 2, axis=-1, sorted=0)[1]
+
+        if vocab_size % GROUP or vocab_size // GROUP <= CANDIDATES:
+            return top(logits)
+        grouped = self.node("Reshape", logits, self.integers(0, 0, -1, GROUP))
+        groups = top(self.node("ReduceMax", grouped, self.integers(-1), keepdims=0))
+        first = self.node("Mul", self.node("Unsqueeze", groups, self.integers(-1)), self.integers(GROUP))
+        ids = self.node("Add", first, self.integers(*range(GROUP)))
+        ids = self.node("Reshape", ids, self.integers(0, 0, -1))
+        places = top(self.node("GatherElements", logits, ids, axis=-1))
+        return self.node("GatherElements", ids, places, axis=-1)
 
     def _log_sums(self, logits: str) -> None:
         """Piece by piece, so that threads share the vocabulary of one token.
@@ -133,15 +156,15 @@ class StepGraph(LayerGraph):
             rows = matrix.rows(self.query_size, matrix.num_rows)
             self.readers.append(MemoryReader(layer, "self_attn", rows))
         q, k, v = self.split(self.linear(h, matrix), *sizes.values())
-        q, k = self.head_norm(q, layer, "self_attn.q_norm"), self.head_norm(k, layer, "self_attn.k_norm")
-        rotation = ["positions", f"cos_{name}", f"sin_{name}"]
-        q, k = (self.node("RotaryEmbedding", part, *rotation, domain=OURS) for part in (q, k))
-        new = self.kept.packed(self.by_key_head(k), self.by_key_head(v))
+        q = self.head_norm(self._queries(q), layer, "self_attn.q_norm")
+        q = self._rotated(q, stack.num_attention_heads, kind)
+        k = self._rotated(self.head_norm(self._rows(k), layer, "self_attn.k_norm"), stack.num_key_value_heads, kind)
+        new = self.kept.packed(k, self._rows(v))
         for part, (dtype, width) in self.kept.parts.items():
             shape = ["B", stack.num_key_value_heads, f"L_{name}", width]
             past = self.input(f"past_{part}_{i}", dtype, shape)
             written = self.output(f"new_{part}_{i}", dtype, shape)
-            new[part] = self.node("ScatterND", past, f"slots_{name}", new[part], output=written)
+            new[part] = self.node("ScatterND", past, self._slots(name), new[part], output=written)
         out = self._attend(q, new, f"hidden_{name}")
         return self.linear(out, self.matrix(f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size))
 
@@ -157,16 +180,48 @@ class StepGraph(LayerGraph):
             part: self.input(f"memory_{part}_{i}", dtype, ["B", stack.num_key_value_heads, "S", width])
             for part, (dtype, width) in self.kept.parts.items()
         }
-        out = self._attend(self.head_norm(q, layer, "cross_attn.q_norm"), kept, "hidden_memory")
+        out = self._attend(self.head_norm(self._queries(q), layer, "cross_attn.q_norm"), kept, "hidden_memory")
         return self.linear(out, self.matrix(f"{layer}cross_attn.", self.query_size, o_proj=stack.hidden_size))
 
+    def _queries(self, q: str) -> str:
+        """(B, T, H x E) -> (B, 1, T x H, E)."""
+        return self.node("Reshape", q, self.integers(0, 1, -1, self.stack.head_dim))
+
+    def _rows(self, x: str) -> str:
+        """(B, T, K x E) -> (B, T x K, E)."""
+        one = self.stack.num_key_value_heads == 1
+        return x if one else self.node("Reshape", x, self.integers(0, -1, self.stack.head_dim))
+
+    def _rotated(self, x: str, heads: int, kind: LayerType) -> str:
+        """Rows (…, T x heads, E), each a head of a token, turned to the token's position."""
+        name, once = short(kind), f"positions of {heads}"
+        if heads > 1 and once not in self._once:
+            positions = self.node("Unsqueeze", "positions", self.integers(2))
+            positions = self.node("Tile", positions, self.integers(1, 1, heads))
+            self._once[once] = self.node("Reshape", positions, self.integers(0, -1))
+        rotation = [self._once.get(once, "positions"), f"cos_{name}", f"sin_{name}"]
+        return self.node("RotaryEmbedding", x, *rotation, domain=OURS)
+
+    def _slots(self, name: str) -> str:
+        """slots_* in the order of `_rows`: (B, T x K, 3)."""
+        if name not in self._once:
+            slots = f"slots_{name}"
+            if self.stack.num_key_value_heads > 1:
+                slots = self.node("Transpose", slots, perm=[0, 2, 1, 3])
+            self._once[name] = self.node("Reshape", slots, self.integers(0, -1, 3))
+        return self._once[name]
+
     def _attend(self, q: str, kept: Kept, hidden: str) -> str:
-        """Queries (B, T, H x E) over slots (B, K, L, E) -> (B, T, H x E)."""
+        """Queries (B, 1, T x H, E) over slots (B, K, L, E) -> (B, T, H x E)."""
         stack = self.stack
-        out = self.kept.attend(self.by_key_head(q, self.groups), kept, hidden)
-        if stack.num_key_value_heads > 1:
-            sizes = [stack.num_key_value_heads, -1, self.groups, stack.head_dim]
-            out = self.node("Reshape", out, self.integers(0, *sizes))
+        kv_heads, size = stack.num_key_value_heads, stack.head_dim
+        if kv_heads > 1:  # the queries of each key head, token by token
+            q = self.node("Reshape", q, self.integers(0, -1, kv_heads, self.groups, size))
+            q = self.node("Transpose", q, perm=[0, 2, 1, 3, 4])
+            q = self.node("Reshape", q, self.integers(0, 0, -1, size))
+        out = self.kept.attend(q, kept, hidden)
+        if kv_heads > 1:
+            out = self.node("Reshape", out, self.integers(0, kv_heads, -1, self.groups, size))
             out = self.node("Transpose", out, perm=[0, 2, 1, 3, 4])
         return self.node("Reshape", out, self.integers(0, -1, self.query_size))
 
@@ -184,7 +239,7 @@ class MemoryGraph(LayerGraph):
         states = self.input("states", FLOAT, ["B", "S", self.source_size])
         for i, reader in enumerate(self.readers):
             k, v = self.split(self.linear(states, reader.keys_values), self.key_size, self.key_size)
-            k = self.head_norm(k, reader.layer, f"{reader.attention}.{KEY_NORM}")
+            k = self.norm_by_head(k, stack.num_key_value_heads, reader.layer, f"{reader.attention}.{KEY_NORM}")
             packed = self.kept.packed(self.by_key_head(k), self.by_key_head(v))
             for part, (dtype, width) in self.kept.parts.items():
                 self.node("Identity", packed[part], output=f"memory_{part}_{i}")

@@ -62,7 +62,8 @@ class OnnxCache:
             kind: room if kind == "full_attention" else min(room, stack.sliding_window + step_tokens - 1)
             for kind in dict.fromkeys(stack.layer_types)
         }
-        self.rotations = {kind: rotation(stack.rope(kind), stack.head_dim, room) for kind in self.rings}
+        positions = max(room, step_tokens * stack.num_attention_heads)  # the graph turns heads as if they were tokens
+        self.rotations = {kind: rotation(stack.rope(kind), stack.head_dim, positions) for kind in self.rings}
         self.buffers: dict[str, NDArray[Any]] = {}
         for value in session.get_inputs():
             if value.name.startswith(("past_", "memory_")):
@@ -72,7 +73,9 @@ class OnnxCache:
         """After a step: the logarithm of the summed exponentials of its logits, (B, T), overwritten by the next."""
         self._slots: dict[str, int] = {}
         self._steps: dict[int, _Step] = {}
-        self._make_room(step_tokens)
+        self._tokens_left = 0
+        """How many tokens a row need neither more room nor a look at how many the cache may hold."""
+        self._make_room(step_tokens, 0)
 
     @property
     def in_front(self) -> NDArray[np.int64]:
@@ -112,16 +115,14 @@ class OnnxCache:
                 f"{self.step_tokens}"
             )
         num_tokens, vocab_size = ids.shape[1], self.config.decoder.vocab_size
-        new = np.full(batch_size, num_tokens) if counts is None else np.asarray(counts, np.int64)
-        if new.shape != (batch_size,) or new.min() < 0 or new.max() > num_tokens:
+        new = num_tokens if counts is None else np.asarray(counts, np.int64)
+        if not isinstance(new, int) and (new.shape != (batch_size,) or new.min() < 0 or new.max() > num_tokens):
             raise ValueError(f"counts is {counts}; expected {batch_size} numbers from 0 to {num_tokens}")
-        if int((self.lengths + new).max()) > self.max_tokens:
-            raise ValueError(
-                f"the cache holds {self.max_tokens} target tokens and is full: make it with a larger max_target_tokens"
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        if int(ids.view(np.uint64).max()) >= vocab_size:  # a negative one is a very large one
             raise ValueError(f"target tokens are {ids.tolist()}; the vocabulary has ids 0 to {vocab_size - 1}")
-        self._make_room(num_tokens)
+        if num_tokens > self._tokens_left:
+            self._make_room(num_tokens, new)
+        self._tokens_left -= num_tokens
         step = self._steps.get(num_tokens)
         if step is None:
             step = self._steps[num_tokens] = _Step(self, num_tokens)
@@ -209,14 +210,21 @@ class OnnxCache:
         }
         return found if self.merged else {**found, "memory": max(1, int(self.memory_lengths.max(initial=0)))}
 
-    def _make_room(self, num_tokens: int) -> None:
+    def _make_room(self, num_tokens: int, new: int | NDArray[np.int64]) -> None:
+        """For a step of so many tokens a row, of which `new` are real; and how many more would need no room."""
+        if int((self.lengths + new).max(initial=0)) > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.max_tokens} target tokens and is full: make it with a larger max_target_tokens"
+            )
         needed = self._needed(num_tokens)
-        if all(slots <= self._slots.get(place, 0) for place, slots in needed.items()):
-            return
-        for place, slots in needed.items():
-            if slots > self._slots.get(place, 0):
-                self._slots[place] = self._rounded_up(place, slots)
-        self._rebuild(range(len(self.lengths)))
+        larger = {place: self._rounded_up(place, n) for place, n in needed.items() if n > self._slots.get(place, 0)}
+        if larger:
+            self._slots |= larger
+            self._rebuild(range(len(self.lengths)))
+        left = [self.max_tokens - num_tokens - int(self.lengths.max(initial=0))]
+        growing = [place for place in needed if self._slots[place] < self._most(place)]
+        left += [self._slots[place] - needed[place] for place in growing]
+        self._tokens_left = num_tokens + max(0, min(left))
 
     def _rebuild(self, rows: Sequence[int], more: int = 0) -> None:
         """Buffers of these rows, and `more` empty ones, with as many slots as `_slots` says: views of one array.
@@ -229,6 +237,7 @@ class OnnxCache:
         }
         sizes = [-(-math.prod(shapes[name]) * b.itemsize // ALIGNMENT) * ALIGNMENT for name, b in self.buffers.items()]
         self._steps.clear()  # they are bound to the former buffers
+        self._tokens_left = 0
         whole = np.zeros(sum(sizes) + ALIGNMENT, np.uint8)
         place = -whole.ctypes.data % ALIGNMENT
         for (name, old), size in zip(self.buffers.items(), sizes, strict=True):
@@ -240,12 +249,17 @@ class OnnxCache:
             self.buffers[name] = new
             place += size
 
+    def _most(self, place: str) -> int:
+        """The slots of a place when all rows are full."""
+        if place == "memory":
+            return int(self.memory_lengths.max(initial=0))
+        ring = next(ring for kind, ring in self.rings.items() if NAMES[kind] == place)
+        return int(self.in_front.max(initial=0)) + ring
+
     def _rounded_up(self, place: str, slots: int) -> int:
         if place == "memory":
             return slots
-        ring = next(ring for kind, ring in self.rings.items() if NAMES[kind] == place)
-        most = int(self.in_front.max(initial=0)) + ring
-        return min(most, -(-max(slots, self._slots.get(place, 0) * 9 // 8) // GROWTH) * GROWTH)
+        return min(self._most(place), -(-max(slots, self._slots.get(place, 0) * 9 // 8) // GROWTH) * GROWTH)
 
 
 class _Step:
@@ -272,6 +286,8 @@ class _Step:
             self.wanted = np.zeros((batch_size, num_tokens, 1), np.int64)
             self._input("wanted", self.wanted)
         self._output("logits", self.logits)
+        if any(value.name == "first_logits" for value in cache.session.get_outputs()):
+            self._output("first_logits", self.logits)  # the last pass changes a few of them in place
         self.log_sums = np.zeros((batch_size, num_tokens), np.float32)
         self._output("log_sums", self.log_sums)
         queries = 1 if num_tokens == 1 else num_tokens * groups
@@ -300,31 +316,32 @@ class _Step:
         """Everything but the buffers, for the tokens that come after the first `cache.lengths` of each row."""
         cache = self.cache
         self.tokens[:] = ids
+        if self.follows is cache.lengths:
+            self._prepare_one_more()
+            return
         self.positions[:] = cache.lengths[:, None] + np.arange(self.num_tokens)
         in_front = cache.in_front[:, None]
         for kind, ring in cache.rings.items():
             slots = in_front + self.positions % ring
             self.slots[kind][..., 2] = slots[:, None]
-            window = cache.config.decoder.sliding_window if kind == "sliding_attention" else None
-            if self.follows is cache.lengths:
-                self._hide_one_more(self.hidden[kind][:, 0, 0], slots[:, 0], in_front[:, 0], ring, window)
-            else:
-                self._hide(self.hidden[kind], in_front, ring, window)
+            self._hide(self.hidden[kind], in_front, ring, self._window(kind))
 
-    def _hide_one_more(
-        self,
-        hidden: NDArray[np.float32],
-        slots: NDArray[np.int64],
-        in_front: NDArray[np.int64],
-        ring: int,
-        window: int | None,
-    ) -> None:
-        rows = np.arange(len(slots))
-        if window is not None:
-            left = self.cache.lengths - window  # the token that has just left the window
-            rows_left = rows[left >= 0]
-            hidden[rows_left, in_front[rows_left] + left[rows_left] % ring] = HIDDEN
-        hidden[rows, slots] = 0
+    def _window(self, kind: LayerType) -> int | None:
+        return self.cache.config.decoder.sliding_window if kind == "sliding_attention" else None
+
+    def _prepare_one_more(self) -> None:
+        """After a step of one token: only what one more changes, number by number, as calls of numpy cost more."""
+        cache = self.cache
+        fronts, lengths = cache.in_front.tolist(), cache.lengths.tolist()
+        self.positions[:, 0] = cache.lengths
+        for kind, ring in cache.rings.items():
+            slots, hidden, window = self.slots[kind], self.hidden[kind], self._window(kind)
+            for row, (front, length) in enumerate(zip(fronts, lengths, strict=True)):
+                if window is not None and length >= window:  # the token that has just left the window
+                    hidden[row, 0, 0, front + (length - window) % ring] = HIDDEN
+                slot = front + length % ring
+                slots[row, :, 0, 2] = slot
+                hidden[row, 0, 0, slot] = 0
 
     def _hide(self, hidden: NDArray[np.float32], in_front: NDArray[np.int64], ring: int, window: int | None) -> None:
         place = np.arange(hidden.shape[3]) - in_front  # (B, L)
