@@ -221,10 +221,11 @@ def test_integer_scores_by_tiles(
     assert difference < 0.05
 
 
+@pytest.mark.parametrize("vocab_size", [300, 64 * 80])  # all words compared; groups of words by their best
 @pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
-def test_a_head_in_two_passes(exported: Callable, kind: str) -> None:
+def test_a_head_in_two_passes(exported: Callable, kind: str, vocab_size: int) -> None:
     """The best words of the first pass, and those asked for, have the logits of all eight bits; the rest of four."""
-    vocab_size, options = 300, {"activations": "float32", "two_pass_head": True}
+    options = {"activations": "float32", "two_pass_head": True}
     _, graphs = exported(kind, "int8", {"vocab_size": vocab_size}, **options)
     watched = Watched(graphs.manifest.folder, "step")
     head = watched.nodes[-1]

@@ -38,9 +38,12 @@ def expected_logits(
 @each_kind
 @pytest.mark.parametrize("first", [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])
-def test_a_step_of_several_tokens_is_torch(exported: Callable, kind: str, num_tokens: int, first: int) -> None:
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_a_step_of_several_tokens_is_torch(
+    exported: Callable, kind: str, key_heads: int, num_tokens: int, first: int
+) -> None:
     """After `first` tokens, all the rest in steps of `num_tokens`."""
-    model, graphs = exported(kind)
+    model, graphs = exported(kind, changes={"num_key_value_heads": key_heads})
     sources, targets = draw(first)
     cache = graphs.make_cache(graphs.encode(sources), TARGET_TOKENS, max(num_tokens, first))
     found = [cache.advance(targets[:, :first]).copy()]

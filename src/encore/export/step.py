@@ -9,7 +9,10 @@ the upper four bits of every weight, then what the lower four add for the CANDID
 
     wanted     (B, T, W)      say the tokens that are scored
 
-so those have the logits of int8, and all others about those of int4.
+so those have the logits of int8, and all others about those of int4. Without a soft-cap on the logits
+
+    first_logits (B, T, V)    those of the first pass, is an output to be bound where `logits` is, which it then becomes
+
 
 The caller decides what lies where, so order, rings, unequal rows and forgotten tokens are its business alone
 (`generate/onnx_cache.py`). For every kind of layer it gives
