@@ -13,7 +13,6 @@ so those have the logits of int8, and all others about those of int4. Without a 
 
     first_logits (B, T, V)    those of the first pass, is an output to be bound where `logits` is, which it then becomes
 
-
 The caller decides what lies where, so order, rings, unequal rows and forgotten tokens are its business alone
 (`generate/onnx_cache.py`). For every kind of layer it gives
 
