@@ -37,7 +37,7 @@ def run(
             graph.input(name, kinds[array.dtype], array.shape)
         kept = KeptKeys(graph, "int8")
         for name in build(graph, kept):
-            graph.output(name, kept.parts[name][0] if name in kept.parts else FLOAT, [None] * 4)  # pyright: ignore
+            graph.output(name, kept.parts[name].kind if name in kept.parts else FLOAT, [None] * 4)  # pyright: ignore
         graph.save(scratch / "part.onnx")
     return onnxruntime.InferenceSession(scratch / "part.onnx").run(None, feeds)
 

@@ -19,6 +19,13 @@ from .conftest import KINDS, WINDOW
 each_kind = pytest.mark.parametrize("kind", KINDS)
 LENGTHS = [3, 2 * WINDOW + 1, 1]
 TARGET_TOKENS = 3 * WINDOW + 2
+HEADS = {"two key heads": (2, 16), "one": (1, 24), "one, values in two columns": (1, 32)}
+each_heads = pytest.mark.parametrize("heads", HEADS)
+
+
+def with_heads(exported: Callable, kind: str, heads: str) -> tuple[T5Gemma, OnnxModel]:
+    number, size = HEADS[heads]
+    return exported(kind, changes={"num_key_value_heads": number, "head_dim": size})
 
 
 def draw(seed: int) -> tuple[list[list[int]], NDArray[np.int64]]:
@@ -38,12 +45,12 @@ def expected_logits(
 @each_kind
 @pytest.mark.parametrize("first", [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])
-@pytest.mark.parametrize("key_heads", [1, 2])
+@each_heads
 def test_a_step_of_several_tokens_is_torch(
-    exported: Callable, kind: str, key_heads: int, num_tokens: int, first: int
+    exported: Callable, kind: str, heads: str, num_tokens: int, first: int
 ) -> None:
     """After `first` tokens, all the rest in steps of `num_tokens`."""
-    model, graphs = exported(kind, changes={"num_key_value_heads": key_heads})
+    model, graphs = with_heads(exported, kind, heads)
     sources, targets = draw(first)
     cache = graphs.make_cache(graphs.encode(sources), TARGET_TOKENS, max(num_tokens, first))
     found = [cache.advance(targets[:, :first]).copy()]
@@ -70,12 +77,13 @@ def test_the_ring_is_no_larger_than_needed(exported: Callable, kind: str, num_to
 
 
 @each_kind
+@each_heads
 def test_rows_go_at_their_own_pace_and_take_tokens_back(
-    exported: Callable, kind: str, monkeypatch: pytest.MonkeyPatch
+    exported: Callable, kind: str, heads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random counts, padding, wrong drafts that are rolled back: each row's logits are those of its own tokens."""
     monkeypatch.setattr(onnx_cache, "GROWTH", 4)
-    model, graphs = exported(kind)
+    model, graphs = with_heads(exported, kind, heads)
     sources, targets = draw(1)
     expected, rng = expected_logits(model, sources, targets), np.random.default_rng(2)
     cache = graphs.make_cache(graphs.encode(sources), TARGET_TOKENS, 5)
@@ -101,9 +109,10 @@ def test_rows_go_at_their_own_pace_and_take_tokens_back(
 
 
 @each_kind
-def test_rows_join_while_others_run(exported: Callable, kind: str) -> None:
+@each_heads
+def test_rows_join_while_others_run(exported: Callable, kind: str, heads: str) -> None:
     """A longer source and a shorter target join, twice, when another row has ended."""
-    model, graphs = exported(kind)
+    model, graphs = with_heads(exported, kind, heads)
     sources, targets = draw(3)
     expected = expected_logits(model, sources, targets)
     cache = graphs.make_cache(graphs.encode([sources[0], sources[2]]), TARGET_TOKENS, 2)

@@ -17,6 +17,7 @@ The caller decides what lies where, so order, rings, unequal rows and forgotten 
 (`generate/onnx_cache.py`). For every kind of layer it gives
 
     slots_*    (B, K, T, 3)   row, head and slot that each new key and value is written to, before anything is read
+    value_slots_* (B, C, T, 3)    the same for values that lie in C columns (`attention.py`)
     hidden_*   (B, 1, Q, L)   what is added to the scores of L slots: 0, or -1e30 for what a query must not see;
                               Q = 1 (one token) or T x G, token by token, for the G query heads that share a key
 
@@ -80,6 +81,8 @@ class StepGraph(LayerGraph):
         self.input("positions", INT64, ["B", "T"])
         for kind in dict.fromkeys(stack.layer_types):
             self.input(f"slots_{short(kind)}", INT64, ["B", stack.num_key_value_heads, "T", 3])
+            if self.kept.in_columns:
+                self.input(f"value_slots_{short(kind)}", INT64, ["B", self.kept.parts["values"].heads, "T", 3])
             self.input(f"hidden_{short(kind)}", FLOAT, ["B", 1, "Q", f"L_{short(kind)}"])
             for part in ("cos", "sin"):
                 self.input(f"{part}_{short(kind)}", FLOAT, ["P", stack.head_dim // 2])
@@ -160,13 +163,15 @@ class StepGraph(LayerGraph):
         q, k, v = self.split(self.linear(h, matrix), *sizes.values())
         q = self.head_norm(self._queries(q), layer, "self_attn.q_norm")
         q = self._rotated(q, stack.num_attention_heads, kind)
-        k = self._rotated(self.head_norm(self._rows(k), layer, "self_attn.k_norm"), stack.num_key_value_heads, kind)
-        new = self.kept.packed(k, self._rows(v))
-        for part, (dtype, width) in self.kept.parts.items():
-            shape = ["B", stack.num_key_value_heads, f"L_{name}", width]
-            past = self.input(f"past_{part}_{i}", dtype, shape)
-            written = self.output(f"new_{part}_{i}", dtype, shape)
-            new[part] = self.node("ScatterND", past, self._slots(name), new[part], output=written)
+        k = self.head_norm(self._rows(k, stack.head_dim), layer, "self_attn.k_norm")
+        k = self._rotated(k, stack.num_key_value_heads, kind)
+        new = self.kept.packed(k, self._rows(v, self.kept.parts["values"].width))
+        for label, part in self.kept.parts.items():
+            shape = ["B", part.heads, f"L_{name}", part.width]
+            past = self.input(f"past_{label}_{i}", part.kind, shape)
+            written = self.output(f"new_{label}_{i}", part.kind, shape)
+            slots = self._slots(part.slots + name, part.heads)
+            new[label] = self.node("ScatterND", past, slots, new[label], output=written)
         out = self._attend(q, new, f"hidden_{name}")
         return self.linear(out, self.matrix(f"{layer}self_attn.", self.query_size, o_proj=stack.hidden_size))
 
@@ -179,8 +184,8 @@ class StepGraph(LayerGraph):
         )
         self.readers.append(MemoryReader(layer, "cross_attn", matrix))
         kept = {
-            part: self.input(f"memory_{part}_{i}", dtype, ["B", stack.num_key_value_heads, "S", width])
-            for part, (dtype, width) in self.kept.parts.items()
+            label: self.input(f"memory_{label}_{i}", part.kind, ["B", part.heads, "S", part.width])
+            for label, part in self.kept.parts.items()
         }
         out = self._attend(self.head_norm(self._queries(q), layer, "cross_attn.q_norm"), kept, "hidden_memory")
         return self.linear(out, self.matrix(f"{layer}cross_attn.", self.query_size, o_proj=stack.hidden_size))
@@ -189,10 +194,9 @@ class StepGraph(LayerGraph):
         """(B, T, H x E) -> (B, 1, T x H, E)."""
         return self.node("Reshape", q, self.integers(0, 1, -1, self.stack.head_dim))
 
-    def _rows(self, x: str) -> str:
-        """(B, T, K x E) -> (B, T x K, E)."""
-        one = self.stack.num_key_value_heads == 1
-        return x if one else self.node("Reshape", x, self.integers(0, -1, self.stack.head_dim))
+    def _rows(self, x: str, width: int) -> str:
+        """(B, T, N x width) -> (B, T x N, width)."""
+        return x if width == self.key_size else self.node("Reshape", x, self.integers(0, -1, width))
 
     def _rotated(self, x: str, heads: int, kind: LayerType) -> str:
         """Rows (…, T x heads, E), each a head of a token, turned to the token's position."""
@@ -204,12 +208,10 @@ class StepGraph(LayerGraph):
         rotation = [self._once.get(once, "positions"), f"cos_{name}", f"sin_{name}"]
         return self.node("RotaryEmbedding", x, *rotation, domain=OURS)
 
-    def _slots(self, name: str) -> str:
-        """slots_* in the order of `_rows`: (B, T x K, 3)."""
+    def _slots(self, name: str, heads: int) -> str:
+        """The slots (B, heads, T, 3) of an input, in the order of `_rows`: (B, T x heads, 3)."""
         if name not in self._once:
-            slots = f"slots_{name}"
-            if self.stack.num_key_value_heads > 1:
-                slots = self.node("Transpose", slots, perm=[0, 2, 1, 3])
+            slots = self.node("Transpose", name, perm=[0, 2, 1, 3]) if heads > 1 else name
             self._once[name] = self.node("Reshape", slots, self.integers(0, -1, 3))
         return self._once[name]
 
@@ -242,7 +244,12 @@ class MemoryGraph(LayerGraph):
         for i, reader in enumerate(self.readers):
             k, v = self.split(self.linear(states, reader.keys_values), self.key_size, self.key_size)
             k = self.norm_by_head(k, stack.num_key_value_heads, reader.layer, f"{reader.attention}.{KEY_NORM}")
-            packed = self.kept.packed(self.by_key_head(k), self.by_key_head(v))
-            for part, (dtype, width) in self.kept.parts.items():
-                self.node("Identity", packed[part], output=f"memory_{part}_{i}")
-                self.output(f"memory_{part}_{i}", dtype, ["B", stack.num_key_value_heads, "S", width])
+            parts = self.kept.parts
+            packed = self.kept.packed(self._by_head(k, stack.head_dim), self._by_head(v, parts["values"].width))
+            for label, part in parts.items():
+                self.node("Identity", packed[label], output=f"memory_{label}_{i}")
+                self.output(f"memory_{label}_{i}", part.kind, ["B", part.heads, "S", part.width])
+
+    def _by_head(self, x: str, width: int) -> str:
+        """(B, S, N x width) -> (B, N, S, width)."""
+        return self.node("Transpose", self.node("Reshape", x, self.integers(0, 0, -1, width)), perm=[0, 2, 1, 3])

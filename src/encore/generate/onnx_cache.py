@@ -40,7 +40,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)"
 class OnnxCache:
     """Made by `OnnxModel.make_cache`. `lengths` counts the target tokens of each row, `memory_lengths` its source's.
 
-    `buffers[name]` is (B, K, slots, width), for every input of the step graph that begins with past_ or memory_.
+    `buffers[name]` is (B, heads, slots, width), for every input of the step graph that begins with past_ or memory_.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class OnnxCache:
         self.buffers: dict[str, NDArray[Any]] = {}
         for value in session.get_inputs():
             if value.name.startswith(("past_", "memory_")):
-                shape = (len(self.lengths), stack.num_key_value_heads, 0, value.shape[3])
+                shape = (len(self.lengths), value.shape[1], 0, value.shape[3])
                 self.buffers[value.name] = np.zeros(shape, _DTYPES[value.type])
         self.log_sums: NDArray[np.float32] | None = None
         """After a step: the logarithm of the summed exponentials of its logits, (B, T), overwritten by the next."""
@@ -275,14 +275,15 @@ class _Step:
         self.tokens = np.zeros((batch_size, num_tokens), np.int64)
         self.positions = np.zeros((batch_size, num_tokens), np.int64)
         self.logits = np.zeros((batch_size, num_tokens, stack.vocab_size), np.float32)
-        self.slots: dict[LayerType, NDArray[np.int64]] = {}
+        self.slots: dict[LayerType, list[NDArray[np.int64]]] = {kind: [] for kind in cache.rings}
         self.hidden: dict[LayerType, NDArray[np.float32]] = {}
         self.follows: NDArray[np.int64] | None = None
         """The lengths for which `hidden` needs only the change that one token makes."""
         self._input("tokens", self.tokens)
         self._input("positions", self.positions)
         self.wanted: NDArray[np.int64] | None = None
-        if any(value.name == "wanted" for value in cache.session.get_inputs()):
+        shapes = {value.name: value.shape for value in cache.session.get_inputs()}
+        if "wanted" in shapes:
             self.wanted = np.zeros((batch_size, num_tokens, 1), np.int64)
             self._input("wanted", self.wanted)
         self._output("logits", self.logits)
@@ -293,12 +294,14 @@ class _Step:
         queries = 1 if num_tokens == 1 else num_tokens * groups
         for kind in cache.rings:
             name = NAMES[kind]
-            slots = np.zeros((batch_size, stack.num_key_value_heads, num_tokens, 3), np.int64)
-            slots[..., 0] = np.arange(batch_size)[:, None, None]
-            slots[..., 1] = np.arange(stack.num_key_value_heads)[:, None]
-            self.slots[kind] = slots
+            for slots_name in {f"slots_{name}", f"value_slots_{name}"} & shapes.keys():
+                heads = shapes[slots_name][1]
+                slots = np.zeros((batch_size, heads, num_tokens, 3), np.int64)
+                slots[..., 0] = np.arange(batch_size)[:, None, None]
+                slots[..., 1] = np.arange(heads)[:, None]
+                self.slots[kind].append(slots)
+                self._input(slots_name, slots)
             self.hidden[kind] = np.zeros((batch_size, 1, queries, cache.num_slots(name)), np.float32)
-            self._input(f"slots_{name}", slots)
             self._input(f"hidden_{name}", self.hidden[kind])
             for part, table in zip(("cos", "sin"), cache.rotations[kind], strict=True):
                 self._input(f"{part}_{name}", table)
@@ -323,7 +326,8 @@ class _Step:
         in_front = cache.in_front[:, None]
         for kind, ring in cache.rings.items():
             slots = in_front + self.positions % ring
-            self.slots[kind][..., 2] = slots[:, None]
+            for written in self.slots[kind]:
+                written[..., 2] = slots[:, None]
             self._hide(self.hidden[kind], in_front, ring, self._window(kind))
 
     def _window(self, kind: LayerType) -> int | None:
@@ -335,12 +339,13 @@ class _Step:
         fronts, lengths = cache.in_front.tolist(), cache.lengths.tolist()
         self.positions[:, 0] = cache.lengths
         for kind, ring in cache.rings.items():
-            slots, hidden, window = self.slots[kind], self.hidden[kind], self._window(kind)
+            hidden, window = self.hidden[kind], self._window(kind)
             for row, (front, length) in enumerate(zip(fronts, lengths, strict=True)):
                 if window is not None and length >= window:  # the token that has just left the window
                     hidden[row, 0, 0, front + (length - window) % ring] = HIDDEN
                 slot = front + length % ring
-                slots[row, :, 0, 2] = slot
+                for written in self.slots[kind]:
+                    written[row, :, 0, 2] = slot
                 hidden[row, 0, 0, slot] = 0
 
     def _hide(self, hidden: NDArray[np.float32], in_front: NDArray[np.int64], ring: int, window: int | None) -> None:
