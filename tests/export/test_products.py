@@ -234,7 +234,7 @@ def test_a_head_in_two_passes(exported: Callable, kind: str, vocab_size: int) ->
     twin = OnnxCache(graphs.config, watched.session, memory.lengths, 8, 3)
     twin.buffers = {name: buffer.copy() for name, buffer in cache.buffers.items()}
     tokens, wanted = np.array(draw(3, 3)), np.array([[280, 281, 282], [290, 291, 292]])
-    logits = cache.advance(tokens, wanted=wanted)
+    logits = cache.advance(tokens, wanted=wanted, summed=True)
     twin.advance(tokens)
     twin.rollback([0, 0])
     twin._steps[3].prepare(tokens)

@@ -17,7 +17,7 @@ from encore.generate.request import Generation
 from encore.generate.sampling import SamplingSettings
 
 STOPS = (1, 9, 17, 25, 33, 41)
-SETTINGS = SamplingSettings(max_target_tokens=10, stop_ids=STOPS)
+SETTINGS = SamplingSettings(max_target_tokens=10, stop_ids=STOPS, log_probabilities=True)
 
 
 def source(length: int, seed: int) -> list[int]:

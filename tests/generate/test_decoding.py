@@ -19,7 +19,7 @@ from encore.generate.torch_rows import TorchRows
 
 WINDOW = 6
 KINDS = ("gemma2", "gemma3", "t5gemma", "t5gemma2")
-GREEDY = SamplingSettings(repetition_penalty=3.0, max_target_tokens=3 * WINDOW, stop_ids=())
+GREEDY = SamplingSettings(repetition_penalty=3.0, max_target_tokens=3 * WINDOW, stop_ids=(), log_probabilities=True)
 DRAWN = SamplingSettings(
     temperature=2.0,
     top_k=40,
@@ -29,6 +29,7 @@ DRAWN = SamplingSettings(
     seed=3,
     max_target_tokens=2 * WINDOW,
     stop_ids=(),
+    log_probabilities=True,
 )
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -75,7 +76,7 @@ def test_each_row_stops_by_itself_and_is_dropped(tiny: Callable, kind: str, monk
     settings[2] = dataclasses.replace(DRAWN, max_target_tokens=1)
     batch_sizes: list[int] = []
     step = TorchRows.step
-    monkeypatch.setattr(TorchRows, "step", lambda self, x: (batch_sizes.append(len(x)), step(self, x))[1])
+    monkeypatch.setattr(TorchRows, "step", lambda self, x, **how: (batch_sizes.append(len(x)), step(self, x, **how))[1])
     stopped = generate(model, rows, settings)
     monkeypatch.undo()
     assert batch_sizes[0] == len(rows) and batch_sizes[-1] < len(rows), "ended rows are dropped"
@@ -105,7 +106,7 @@ def test_closing_a_stream_stops_the_work(tiny: Callable, monkeypatch: pytest.Mon
     model = tiny("t5gemma2")
     steps: list[int] = []
     step = TorchRows.step
-    monkeypatch.setattr(TorchRows, "step", lambda self, x: (steps.append(1), step(self, x))[1])
+    monkeypatch.setattr(TorchRows, "step", lambda self, x, **how: (steps.append(1), step(self, x, **how))[1])
     events = stream(model, sources(4), GREEDY)
     assert [isinstance(next(events), Event) for _ in range(3)] == [True] * 3
     events.close()  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,7 +16,7 @@ from encore.generate.sampling import SamplingSettings
 WINDOW = 6
 KINDS = ("gemma2", "gemma3", "t5gemma", "t5gemma2")
 each_kind = pytest.mark.parametrize("kind", KINDS)
-GREEDY = SamplingSettings(max_target_tokens=4 * WINDOW, stop_ids=())
+GREEDY = SamplingSettings(max_target_tokens=4 * WINDOW, stop_ids=(), log_probabilities=True)
 ALWAYS = DraftSettings(max_tokens=4, adaptive=False)
 
 

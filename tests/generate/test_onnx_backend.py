@@ -24,7 +24,7 @@ from encore.generate.text import TextGenerator
 from encore.model.t5gemma import T5Gemma
 from encore.tokenizer import Tokenizer
 
-SETTINGS = SamplingSettings(max_target_tokens=20, stop_ids=())
+SETTINGS = SamplingSettings(max_target_tokens=20, stop_ids=(), log_probabilities=True)
 TEXTS = ["Good morning.", "Why?", "", "The cat is asleep on the warm stove, and we let it sleep there."]
 
 
@@ -83,6 +83,12 @@ def test_rows_of_their_own_settings_end_apart(models: tuple[T5Gemma, OnnxModel],
     found = batch.generate(graphs, sources, settings, tokenizer=tokenizer)
     expected = batch.generate(model, sources, settings, tokenizer=tokenizer)
     assert [g.tokens for g in found] == [g.tokens for g in expected]
+    reticent = [dataclasses.replace(settings[0], log_probabilities=False), *settings[1:]]
+    (nothing, *others) = batch.generate(graphs, sources, reticent, tokenizer=tokenizer)
+    assert nothing == dataclasses.replace(
+        found[0], log_probabilities=[], first_token_seconds=nothing.first_token_seconds, seconds=nothing.seconds
+    )
+    assert [g.log_probabilities for g in others] == [g.log_probabilities for g in found[1:]]
     events = list(batch.stream(graphs, sources[:1], settings[:1], tokenizer=tokenizer))
     assert [event.token for event in events] == found[0].tokens
 

@@ -31,7 +31,7 @@ from encore.tokenizer import SourceFormat, Tokenizer, load_tokenizer
 
 SIZE, PER_PICTURE, BOI, EOI, SOFT = 28, 4, 6, 7, 8
 NAMES = {BOI: "<start_of_image>", EOI: "<end_of_image>", SOFT: "<image_soft_token>"}
-SETTINGS = SamplingSettings(max_target_tokens=6)
+SETTINGS = SamplingSettings(max_target_tokens=6, log_probabilities=True)
 
 
 @pytest.fixture(scope="module")

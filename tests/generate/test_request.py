@@ -66,12 +66,13 @@ def test_a_finished_request_takes_no_more_and_an_unfinished_one_has_no_result() 
     assert request.accept(logits).finish_reason == "length"
     with pytest.raises(ValueError, match="takes no more logits"):
         request.accept(logits)
-    assert request.result().tokens == [2, 2]
+    assert (request.result().tokens, request.result().log_probabilities) == ([2, 2], []), "nobody asked for the latter"
 
 
 def test_a_stop_id_ends_it_even_as_the_last_token_allowed() -> None:
     logits = np.array([0.0, 9.0, 3.0], dtype=np.float32)
-    request = Request(0, SamplingSettings(max_target_tokens=1), stop_ids=(0, 1))
+    request = Request(0, SamplingSettings(max_target_tokens=1, log_probabilities=True), stop_ids=(0, 1))
     event = request.accept(logits)
     assert (event.token, event.finish_reason, request.result().stop) == (1, "stop", 1)
-    assert request.result().log_probabilities == [event.log_probability]
+    expected = 9.0 - np.logaddexp.reduce(logits.astype(float))
+    assert request.result().log_probabilities == [event.log_probability] == [pytest.approx(expected, abs=1e-6)]

@@ -165,9 +165,10 @@ def test_greedy_takes_the_best_and_needs_no_draw() -> None:
     logits = random_logits(3)
     rng = SamplingSettings(seed=5).generator()
     before = rng.bit_generator.state
-    token, logprob = sample(logits, SamplingSettings(top_k=3, min_p=0.5), rng)
+    token, logprob = sample(logits, SamplingSettings(top_k=3, min_p=0.5, log_probabilities=True), rng)
     assert token == logits.argmax()
     assert logprob == pytest.approx(math.log(softmax(logits).max()), abs=1e-6)
+    assert sample(logits, SamplingSettings(top_k=3, min_p=0.5), rng) == (token, None)
     assert rng.bit_generator.state == before
 
 
@@ -179,7 +180,7 @@ def test_greedy_obeys_the_repetition_penalty() -> None:
 @given(LOGITS, st.integers(0, 10_000))
 @settings(max_examples=50)
 def test_the_log_probability_is_the_models_own(logits: np.ndarray, seed: int) -> None:
-    chosen = SamplingSettings(temperature=0.5, top_k=3, repetition_penalty=2.0, seed=seed)
+    chosen = SamplingSettings(temperature=0.5, top_k=3, repetition_penalty=2.0, seed=seed, log_probabilities=True)
     token, logprob = sample(logits, chosen, chosen.generator(), [0])
     assert logprob == pytest.approx(float(np.log(softmax(logits)[token])), abs=1e-4)
     given = float(np.logaddexp.reduce(logits.astype(np.float64)))

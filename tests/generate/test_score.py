@@ -47,7 +47,9 @@ def test_equals_the_softmax_row_by_row(tiny: Callable, kind: str) -> None:
 
 @each_kind
 def test_is_what_generation_reported(tiny: Callable, kind: str) -> None:
-    settings = SamplingSettings(temperature=1.5, top_k=20, repetition_penalty=1.4, seed=0, max_target_tokens=12)
+    settings = SamplingSettings(
+        temperature=1.5, top_k=20, repetition_penalty=1.4, seed=0, max_target_tokens=12, log_probabilities=True
+    )
     answers = generate(tiny(kind), SOURCES, settings)
     scores = score(tiny(kind), SOURCES, [answer.tokens for answer in answers])
     for answer, got in zip(answers, scores, strict=True):

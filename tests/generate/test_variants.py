@@ -29,8 +29,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t5gemma2 wide global": dict(tied_embeddings=False, width=40, cross_attention_layers="full_attention"),
 }
 SETTINGS = {
-    "greedy": SamplingSettings(repetition_penalty=3.0, max_target_tokens=2 * WINDOW + 3, stop_ids=()),
-    "drawn": SamplingSettings(temperature=2.0, seed=3, max_target_tokens=WINDOW + 2, stop_ids=()),
+    "greedy": SamplingSettings(
+        repetition_penalty=3.0, max_target_tokens=2 * WINDOW + 3, stop_ids=(), log_probabilities=True
+    ),
+    "drawn": SamplingSettings(
+        temperature=2.0, seed=3, max_target_tokens=WINDOW + 2, stop_ids=(), log_probabilities=True
+    ),
 }
 
 

@@ -132,6 +132,7 @@ def generate(
         seed=seed,
         max_target_tokens=max_target_tokens,
         stop_strings=tuple(stop or ()),
+        log_probabilities=as_json,
     )
     from encore.generate.beam import BeamSettings
     from encore.generate.drafts import DraftSettings

@@ -22,16 +22,15 @@ weights and values stay float32), and global layers go tile by tile in this grap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from encore.config import LayerType, T5GemmaConfig
-from encore.export.graph import FLOAT, INT8, INT64, OURS, LayerGraph
+from encore.export.graph import BOOL, FLOAT, INT8, INT64, OURS, LayerGraph, value
 from encore.export.manifest import Activations
 from encore.export.weights import ROW_LEVELS, Matrix, WeightsFile
 
@@ -236,9 +235,9 @@ class EncoderGraph(LayerGraph):
         return self.node("If", small, then_branch=tiles, else_branch=fused)
 
     def _branch(self, attend: Callable[[str, Seen], str], q: str, seen: Seen) -> onnx.GraphProto:
-        with self._inside(attend.__name__.strip("_")) as nodes:
+        with self.inside(attend.__name__.strip("_")) as nodes:
             out = attend(q, seen)
-        return helper.make_graph(nodes, attend.__name__, [], [_value(out)])
+        return helper.make_graph(nodes, attend.__name__, [], [value(out)])
 
     def _fused(self, q: str, seen: Seen) -> str:
         parts = [
@@ -262,23 +261,23 @@ class EncoderGraph(LayerGraph):
         columns = self._tiles(seen.key_columns(), 1)  # (E, n, J)
         keys = self.node("Transpose", columns, perm=[1, 0, 2])
         asked = [keys, *(self._tiles(x, 0) for x in (seen.key_scales(), values, one))]
-        with self._inside("queries") as of_queries:
+        with self.inside("queries") as of_queries:
             tile = f"{self.prefix}tile"
             levels, scale = self._query_levels(tile)
             zeros = self.node("ConstantOfShape", self.node("Shape", tile))
             zero = self.node("ReduceMax", zeros, self.integers(-1))
-            with self._inside("keys") as of_keys:
+            with self.inside("keys") as of_keys:
                 found, total, *seen_tile = (f"{self.prefix}{name}" for name in ("found", "total", "k", "s", "v", "one"))
                 weights = self.node("Exp", self._integer_scores(levels, scale, *seen_tile[:2]))
                 sums = [
                     self.node("Gemm", weights, factor, before)
                     for before, factor in zip((found, total), seen_tile[2:], strict=True)
                 ]
-            inputs = [_value(found), _value(total), _value(seen_tile[0], INT8), *map(_value, seen_tile[1:])]
-            body = helper.make_graph(of_keys, "keys", inputs, list(map(_value, sums)))
+            inputs = [value(found), value(total), value(seen_tile[0], INT8), *map(value, seen_tile[1:])]
+            body = helper.make_graph(of_keys, "keys", inputs, list(map(value, sums)))
             found, total = self.nodes_of("Scan", [zeros, zero, *asked], 2, body=body, num_scan_inputs=len(asked))
             out = self.node("Div", found, total)
-        body = helper.make_graph(of_queries, "queries", [_value(tile)], [_value(out)])
+        body = helper.make_graph(of_queries, "queries", [value(tile)], [value(out)])
         out = self.node(
             "Reshape", self.node("Scan", self._tiles(rows, 0), body=body, num_scan_inputs=1), self.integers(-1, size)
         )
@@ -305,33 +304,21 @@ class EncoderGraph(LayerGraph):
 
     # --- subgraphs
 
-    @contextmanager
-    def _inside(self, label: str) -> Iterator[list[onnx.NodeProto]]:
-        """Nodes are those of a subgraph, which it gives."""
-        nodes, prefix = self.nodes, self.prefix
-        self.nodes, self.prefix = [], f"{prefix}{label.replace('.', '_')}_"
-        yield self.nodes
-        self.nodes, self.prefix = nodes, prefix
-
     def _in_blocks(self, table: str, label: str, part: Callable[[str], str], axis: int) -> str:
         """What `part` makes of each row of a table of blocks, one behind the other along `axis`."""
-        with self._inside(label) as nodes:
+        with self.inside(label) as nodes:
             block, go_on, still, before, after = (
                 f"{self.prefix}{name}" for name in ("i", "go_on", "still", "before", "after")
             )
             result = part(self.node("Gather", table, block, axis=0))
             self.node("SequenceInsert", before, result, output=after)
             self.node("Identity", go_on, output=still)
-        value, sequence = helper.make_tensor_value_info, helper.make_tensor_sequence_value_info
-        inputs = [value(block, INT64, []), value(go_on, TensorProto.BOOL, []), sequence(before, FLOAT, None)]
-        outputs = [value(still, TensorProto.BOOL, []), sequence(after, FLOAT, None)]
+        sequence = helper.make_tensor_sequence_value_info
+        inputs = [value(block, INT64, []), value(go_on, BOOL, []), sequence(before, FLOAT, None)]
+        outputs = [value(still, BOOL, []), sequence(after, FLOAT, None)]
         body = helper.make_graph(nodes, label, inputs, outputs)
         count = self.node("Squeeze", self.node("Shape", table, end=1))
         return self.node("ConcatFromSequence", self.node("Loop", count, "", "no_blocks", body=body), axis=axis)
-
-
-def _value(name: str, kind: int = FLOAT) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, None)
 
 
 def short(kind: LayerType) -> str:

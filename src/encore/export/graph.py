@@ -7,7 +7,8 @@ sum with its norm. Everything else is float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,14 @@ HIDDEN = -1e30
 """What is added to the score of a hidden key: its weight is then exactly 0, and a row without keys has no NaN."""
 
 FLOAT, INT8, INT64, UINT8 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64, TensorProto.UINT8
+BOOL = TensorProto.BOOL
 
 Shape = Sequence[int | str]
+
+
+def value(name: str, kind: int = FLOAT, shape: Shape | None = None) -> onnx.ValueInfoProto:
+    """An input or output of a graph; of a subgraph, the shape may be left out."""
+    return helper.make_tensor_value_info(name, kind, shape)
 
 
 class Graph:
@@ -44,11 +51,11 @@ class Graph:
         self._known: dict[Any, str] = {}
 
     def input(self, name: str, kind: int, shape: Shape) -> str:
-        self._inputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        self._inputs.append(value(name, kind, shape))
         return name
 
     def output(self, name: str, kind: int, shape: Shape) -> str:
-        self._outputs.append(helper.make_tensor_value_info(name, kind, list(shape)))
+        self._outputs.append(value(name, kind, shape))
         return name
 
     def nodes_of(
@@ -63,9 +70,17 @@ class Graph:
     def node(self, kind: str, *inputs: str, domain: str = "", output: str | None = None, **attributes: Any) -> str:
         return self.nodes_of(kind, inputs, 1 if output is None else [output], domain, **attributes)[0]
 
-    def constant(self, value: Any, dtype: type[np.generic] = np.float32) -> str:
+    @contextmanager
+    def inside(self, label: str) -> Iterator[list[onnx.NodeProto]]:
+        """Nodes are those of a subgraph, which it gives."""
+        nodes, prefix = self.nodes, self.prefix
+        self.nodes, self.prefix = [], f"{prefix}{label.replace('.', '_')}_"
+        yield self.nodes
+        self.nodes, self.prefix = nodes, prefix
+
+    def constant(self, number: Any, dtype: type[np.generic] = np.float32) -> str:
         """A small array, kept in the graph; equal ones once."""
-        array = np.asarray(value, dtype)
+        array = np.asarray(number, dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._known:
             self._known[key] = f"constant_{len(self._initializers)}"
@@ -80,8 +95,8 @@ class Graph:
         """An array of the weights file."""
         if name not in self._known:
             tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-            for key, value in (("location", WEIGHTS_FILE), ("offset", place.offset), ("length", place.num_bytes)):
-                tensor.external_data.add(key=key, value=str(value))
+            for key, entry in (("location", WEIGHTS_FILE), ("offset", place.offset), ("length", place.num_bytes)):
+                tensor.external_data.add(key=key, value=str(entry))
             self._initializers.append(tensor)
             self._known[name] = name
         return name

@@ -2,7 +2,7 @@
 
     memory.onnx   states (B, S, D) -> for every decoder layer the keys (normed, not rotated) and values (B, K, S, E)
     step.onnx     T >= 1 target ids per row -> logits (B, T, V); keys and values written into the caches in place;
-                  log_sums (B, T), the logarithm of their summed exponentials
+                  where `summed` is true also log_sums (B, T), the logarithm of their summed exponentials, else NaN
 
 An int8 head of a large vocabulary is most of what a step of a small model reads. It may go in two passes: products with
 the upper four bits of every weight, then what the lower four add for the CANDIDATES best words and for the ids in
@@ -31,10 +31,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from onnx import helper, numpy_helper
+
 from encore.config import LayerType, T5GemmaConfig
 from encore.export.attention import Kept, KeptKeys
 from encore.export.encoder import short
-from encore.export.graph import FLOAT, INT64, OURS, LayerGraph
+from encore.export.graph import BOOL, FLOAT, INT64, OURS, LayerGraph, value
 from encore.export.manifest import CANDIDATES, Activations, CacheKind
 from encore.export.weights import Matrix, WeightsFile
 
@@ -45,6 +48,8 @@ GROUP = 64
 
 PIECES = 64
 """How many parts of the vocabulary the exponentials are summed in, at most."""
+
+NOT_SUMMED = numpy_helper.from_array(np.array([np.nan], np.float32))
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,17 @@ class StepGraph(LayerGraph):
         self.softcapped(logits, None if cap is None else self.constant(cap))
         self.nodes[-1].output[0] = "logits"
         self.output("logits", FLOAT, ["B", "T", table.num_rows])
-        pieces = math.gcd(table.num_rows, PIECES)
-        self._log_sums(self.node("Reshape", "logits", self.integers(0, 0, pieces, -1)))
-        self.output("log_sums", FLOAT, ["B", "T"])
+        with self.inside("summed") as summed:
+            sums = self._log_sums(table.num_rows)
+        with self.inside("not_summed") as not_summed:
+            nothing = self.node("ConstantOfShape", self.node("Shape", tokens), value=NOT_SUMMED)
+        self.node(
+            "If",
+            self.input("summed", BOOL, []),
+            then_branch=helper.make_graph(summed, "summed", [], [value(sums)]),
+            else_branch=helper.make_graph(not_summed, "not_summed", [], [value(nothing)]),
+            output=self.output("log_sums", FLOAT, ["B", "T"]),
+        )
 
     def _logits(self, h: str, table: Matrix) -> str:
         first = self.linear(h, table)
@@ -142,15 +155,16 @@ class StepGraph(LayerGraph):
         places = top(self.node("GatherElements", logits, ids, axis=-1))
         return self.node("GatherElements", ids, places, axis=-1)
 
-    def _log_sums(self, logits: str) -> None:
+    def _log_sums(self, vocab_size: int) -> str:
         """Piece by piece, so that threads share the vocabulary of one token.
 
         LogSoftmax subtracts what is wanted here from every logit, in one pass; the difference at one place tells it.
         """
+        logits = self.node("Reshape", "logits", self.integers(0, 0, math.gcd(vocab_size, PIECES), -1))
         first = self.integers(0), self.integers(1), self.integers(-1)
         before, after = (self.node("Slice", x, *first) for x in (logits, self.node("LogSoftmax", logits, axis=-1)))
         sums = self.node("Sub", before, after)
-        self.node("ReduceLogSumExp", sums, self.integers(2, 3), keepdims=0, output="log_sums")
+        return self.node("ReduceLogSumExp", sums, self.integers(2, 3), keepdims=0)
 
     def _self_attention(self, h: str, i: int, kind: LayerType) -> str:
         """Over the cache of the layer, which the new keys and values are written to first."""

@@ -195,11 +195,11 @@ def log_probabilities(
     found: list[list[float]] = [[] for _ in targets]
     for start in range(0, longest, at_once):
         places = slice(start, start + at_once)
-        logits = cache.advance(inputs[:, places], wanted=wanted[:, places])
-        for row, target in enumerate(targets):
-            for values, token in zip(logits[row].astype(np.float64), target[start : start + at_once], strict=False):
-                top = values.max()
-                found[row].append(float(values[token] - top - np.log(np.exp(values - top).sum())))
+        logits = cache.advance(inputs[:, places], wanted=wanted[:, places], summed=True)
+        assert cache.log_sums is not None
+        chosen = np.take_along_axis(logits, wanted[:, places, None], axis=2)[..., 0] - cache.log_sums
+        for of_row, values, target in zip(found, chosen, targets, strict=True):
+            of_row += values[: max(0, len(target) - start)].tolist()
     return found
 
 

@@ -70,7 +70,7 @@ class OnnxCache:
                 shape = (len(self.lengths), value.shape[1], 0, value.shape[3])
                 self.buffers[value.name] = np.zeros(shape, _DTYPES[value.type])
         self.log_sums: NDArray[np.float32] | None = None
-        """After a step: the logarithm of the summed exponentials of its logits, (B, T), overwritten by the next."""
+        """After a step that was asked for it: the logarithm of the summed exponentials of its logits, (B, T)."""
         self._slots: dict[str, int] = {}
         self._steps: dict[int, _Step] = {}
         self._tokens_left = 0
@@ -99,13 +99,19 @@ class OnnxCache:
                     target[row, :, start:stop] = array[row, :, : stop - start]
 
     def advance(
-        self, tokens: ArrayLike, counts: ArrayLike | None = None, wanted: ArrayLike | None = None
+        self,
+        tokens: ArrayLike,
+        counts: ArrayLike | None = None,
+        wanted: ArrayLike | None = None,
+        *,
+        summed: bool = False,
     ) -> NDArray[np.float32]:
         """Logits (B, T, V) after each of T more tokens (B, T) of each row, which the cache now holds.
 
         `counts` (B,): how many of a row's tokens are real, the first ones; None = all. What follows them in the row is
         padding and leaves no trace. `wanted` (B, T): an id for each, whose logit a head of two passes computes in full
-        even if it is none of the best. The array is overwritten by the next step of T tokens.
+        even if it is none of the best. `summed` asks for `log_sums`. The array is overwritten by the next step of T
+        tokens.
         """
         ids = np.asarray(tokens, np.int64)
         batch_size = len(self.lengths)
@@ -129,11 +135,12 @@ class OnnxCache:
         step.prepare(ids)
         if wanted is not None and step.wanted is not None:
             step.wanted[..., 0] = wanted
+        step.summed[...] = summed
         self.session.run_with_iobinding(step.binding)
         self._written = np.maximum(self._written, self.lengths + num_tokens)
         self.lengths = self.lengths + new
         step.follows = self.lengths if num_tokens == 1 and counts is None else None
-        self.log_sums = step.log_sums
+        self.log_sums = step.log_sums if summed else None
         return step.logits
 
     def rollback(self, lengths: ArrayLike) -> None:
@@ -291,6 +298,9 @@ class _Step:
             self._output("first_logits", self.logits)  # the last pass changes a few of them in place
         self.log_sums = np.zeros((batch_size, num_tokens), np.float32)
         self._output("log_sums", self.log_sums)
+        self.summed = np.zeros((), np.bool_)
+        if "summed" in shapes:  # graphs of earlier versions always sum
+            self._input("summed", self.summed)
         queries = 1 if num_tokens == 1 else num_tokens * groups
         for kind in cache.rings:
             name = NAMES[kind]

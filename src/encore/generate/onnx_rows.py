@@ -51,16 +51,16 @@ class OnnxRows:
             return
         self.cache.extend(new, rows)
 
-    def step(self, tokens: Sequence[Sequence[int]]) -> list[RowLogits]:
+    def step(self, tokens: Sequence[Sequence[int]], *, summed: bool = False) -> list[RowLogits]:
         assert self.cache is not None
         if all(len(new) == 1 for new in tokens):
-            return list(self.cache.advance(tokens))
+            return list(self.cache.advance(tokens, summed=summed))
         counts = [len(new) for new in tokens]
         width = min(1 << (max(counts) - 1).bit_length(), self.size.new_tokens)  # few widths, each bound once
         ids = np.zeros((len(tokens), width), np.int64)
         for row, new in enumerate(tokens):
             ids[row, : len(new)] = new
-        logits = self.cache.advance(ids, counts)
+        logits = self.cache.advance(ids, counts, summed=summed)
         return [logits[row, :count] for row, count in enumerate(counts)]
 
     def rollback(self, counts: Sequence[int]) -> None:

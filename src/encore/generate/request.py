@@ -33,7 +33,7 @@ class Event:
 
     row: int
     token: int
-    log_probability: float
+    log_probability: float | None
     text: str
     finish_reason: FinishReason | None = None
 
@@ -42,9 +42,10 @@ class Event:
 class Generation:
     """A finished target.
 
-    `tokens` holds every id that was written, the stop id included, and `log_probabilities` one number for each (the
-    model's own, before temperature and filters). `text` is without special tokens, stop id and stop string.
-    `stop` is the id or the text that ended it, None if something else did. Seconds count from when it was asked for.
+    `tokens` holds every id that was written, the stop id included, and `log_probabilities` one number for each if the
+    settings ask for them (the model's own, before temperature and filters). `text` is without special tokens, stop id
+    and stop string. `stop` is the id or the text that ended it, None if something else did. Seconds count from when it
+    was asked for.
     Of `drafted` tokens, `accepted` were what the model chose; at `near_ties` of the positions so computed the two best
     logits were closer than NEAR_TIE. `score` is that of a beam (`beam.py`).
     """
@@ -144,7 +145,8 @@ class Request:
         token, log_probability = sample(logits, self.settings, self._rng, self._seen, log_sum)
         self.tokens.append(token)
         self._seen.append(token)
-        self._log_probabilities.append(log_probability)
+        if log_probability is not None:
+            self._log_probabilities.append(log_probability)
         text = self._advance(token)
         self._text.append(text)
         self._seconds = time.perf_counter() - self._started

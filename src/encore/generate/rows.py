@@ -57,14 +57,14 @@ class Rows(Protocol):
 
     @property
     def log_sums(self) -> NDArray[np.float32] | None:
-        """(rows, T) after a step: log-sum-exp of its logits, if the model gave it with them."""
+        """(rows, T) after a step with `summed`: log-sum-exp of its logits, if the model gives it with them."""
         ...
 
     def join(self, sources: Sequence[Sequence[int]], copies: Sequence[int], pictures: PicturesOfRows = None) -> None:
         """Read the sources in one batch; each becomes so many rows, behind the others, that share what was computed."""
         ...
 
-    def step(self, tokens: Sequence[Sequence[int]]) -> Sequence[RowLogits]:
+    def step(self, tokens: Sequence[Sequence[int]], *, summed: bool = False) -> Sequence[RowLogits]:
         """Logits after each of the new tokens of each row (one or more). They are overwritten by the next step."""
         ...
 

@@ -140,7 +140,7 @@ class Scheduler:
     def _step(self, deliveries: list[Delivery]) -> None:
         batch = self._batch
         if self.drafting is None:
-            logits = self.rows.step([[row.following] for row in batch])
+            logits = self.rows.step([[row.following] for row in batch], summed=self._summed)
             log_sums = self._log_sums(len(batch))
             for row, of_row, sums in zip(batch, logits, log_sums, strict=True):
                 event = row.request.accept(of_row[0], None if sums is None else float(sums[0]))
@@ -156,6 +156,10 @@ class Scheduler:
                         deliveries.append((row.job, None))
             self._drop_ended()
 
+    @property
+    def _summed(self) -> bool:
+        return any(row.request.settings.log_probabilities for row in self._batch)
+
     def _log_sums(self, num_rows: int) -> Sequence[NDArray[np.float32] | None]:
         log_sums = self.rows.log_sums
         return [None] * num_rows if log_sums is None else list(log_sums)
@@ -163,7 +167,8 @@ class Scheduler:
     def _step_with_drafts(self, drafting: Drafting, deliveries: list[Delivery]) -> None:
         batch = self._batch
         drafts = drafting.propose([row.request for row in batch])
-        logits = self.rows.step([[row.following, *draft] for row, draft in zip(batch, drafts, strict=True)])
+        tokens = [[row.following, *draft] for row, draft in zip(batch, drafts, strict=True)]
+        logits = self.rows.step(tokens, summed=self._summed)
         drafting.measured()
         written: list[list[int]] = []
         for row, of_row, draft, sums in zip(batch, logits, drafts, self._log_sums(len(batch)), strict=True):

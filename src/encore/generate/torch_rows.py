@@ -118,7 +118,7 @@ class TorchRows:
             self.cache.select([*range(first), *repeated])
 
     @torch.inference_mode()
-    def step(self, tokens: Sequence[Sequence[int]]) -> list[RowLogits]:
+    def step(self, tokens: Sequence[Sequence[int]], *, summed: bool = False) -> list[RowLogits]:
         counts = np.array([len(new) for new in tokens])
         longest = int(counts.max())
         ids = torch.tensor([[*new, *[0] * (longest - len(new))] for new in tokens], device=self.device)
