@@ -105,7 +105,7 @@ def load(
     folder = resolve(name_or_folder)
     config = read_config_file(folder)
     if vision and config.vision is None:
-        raise CheckpointError(f"{folder} holds no vision tower; load it without vision=True")
+        raise CheckpointError(f"{folder} holds no vision tower, so it reads text alone: leave pictures (vision) out")
     if part not in ("all", "encoder"):
         raise ValueError(f"part is {part!r}; expected 'all' or 'encoder'")
     if part == "encoder" and not isinstance(config, T5GemmaConfig):
