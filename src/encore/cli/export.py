@@ -54,6 +54,16 @@ def export(
             show_default="two for an int8 head of 32,768 words or more",
         ),
     ] = None,
+    head_preview: Annotated[
+        int | None,
+        typer.Option(
+            metavar="WIDTH",
+            help="Find the best words by a view of the head WIDTH numbers wide (a multiple of 32), and compute only "
+            "theirs in full. Half the head's columns: a step of 270M is a fifth shorter. Log-probabilities are then "
+            "estimates, and encore score refuses.",
+            show_default="no view",
+        ),
+    ] = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
@@ -95,6 +105,7 @@ def export(
                 activations=activations,
                 cache=cache,
                 two_pass_head=two_pass_head,
+                head_preview=head_preview,
                 encoder_only=encoder_only,
                 force=force,
                 progress=reading,
@@ -105,4 +116,6 @@ def export(
     what = f"{summary.bits_per_weight:.2f} bits per weight"
     if summary.block_size:
         what += f" in blocks of {summary.block_size}, relative error {summary.error:.4f}"
+    if summary.preview_energy is not None:
+        what += f", {summary.preview_energy:.1%} of the head's energy in its view"
     print(f"{summary.out}: {summary.weights}, {what}, {summary.num_bytes:,} bytes")

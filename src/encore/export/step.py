@@ -9,7 +9,8 @@ the upper four bits of every weight, then what the lower four add for the CANDID
 
     wanted     (B, T, W)      say the tokens that are scored
 
-so those have the logits of int8, and all others about those of int4. Without a soft-cap on the logits
+so those have the logits of int8, and all others about those of int4. Or the first pass is over a narrow view of the
+head (`preview.py`), and the second over the rows of the best. Without a soft-cap on the logits
 
     first_logits (B, T, V)    those of the first pass, is an output to be bound where `logits` is, which it then becomes
 
@@ -39,6 +40,8 @@ from encore.export.attention import Kept, KeptKeys
 from encore.export.encoder import short
 from encore.export.graph import BOOL, FLOAT, INT64, OURS, LayerGraph, value
 from encore.export.manifest import CANDIDATES, Activations, CacheKind
+from encore.export.preview import CANDIDATES as VIEW_CANDIDATES
+from encore.export.preview import View
 from encore.export.weights import Matrix, WeightsFile
 
 KEY_NORM = "k_norm"
@@ -79,8 +82,8 @@ class StepGraph(LayerGraph):
         self._once: dict[str, str] = {}
         """Values that all layers share, by what they are."""
 
-    def build(self, table: Matrix) -> None:
-        """`table`: the vocabulary's matrix, embedding and head."""
+    def build(self, table: Matrix, view: View | None = None) -> None:
+        """`table`: the vocabulary's matrix, embedding and head, which may have a view."""
         stack, config = self.stack, self.config
         tokens = self.input("tokens", INT64, ["B", "T"])
         self.input("positions", INT64, ["B", "T"])
@@ -108,7 +111,7 @@ class StepGraph(LayerGraph):
             h, x = self.add_and_norm(part, x, f"{layer}pre_feedforward_layernorm")
             following = "norm" if last else f"layers.{i + 1}.pre_self_attn_layernorm"
             h, x = self.add_and_norm(self.feed_forward(h, layer), x, following, "states" if last else None)
-        logits = self._logits(h, table)
+        logits = self._logits(h, table, view)
         cap = config.final_logit_softcapping
         self.softcapped(logits, None if cap is None else self.constant(cap))
         self.nodes[-1].output[0] = "logits"
@@ -125,27 +128,28 @@ class StepGraph(LayerGraph):
             output=self.output("log_sums", FLOAT, ["B", "T"]),
         )
 
-    def _logits(self, h: str, table: Matrix) -> str:
-        first = self.linear(h, table)
-        if table.lower is None:
+    def _logits(self, h: str, table: Matrix, view: View | None) -> str:
+        first = self.linear(h, table) if view is None else self.linear(self.linear(h, view.directions), view.rows)
+        if table.lower is None and view is None:
             return first
         if self.config.final_logit_softcapping is None:  # the caller binds it where the logits go: nothing is copied
             self.nodes[-1].output[0] = first = self.output("first_logits", FLOAT, ["B", "T", table.num_rows])
-        best = self._best(first, table.num_rows)
+        best = self._best(first, table.num_rows, CANDIDATES if view is None else VIEW_CANDIDATES)
         ids = self.node("Concat", best, self.input("wanted", INT64, ["B", "T", "W"]), axis=-1)
-        rest = self.node("MatMul", self.lower_rows(table, ids), self.node("Unsqueeze", h, self.integers(-1)))
-        full = self.node(
-            "Add", self.node("GatherElements", first, ids, axis=-1), self.node("Squeeze", rest, self.integers(-1))
-        )
+        rows = self.lower_rows(table, ids) if view is None else self.rows_of(table, ids)
+        full = self.node("MatMul", rows, self.node("Unsqueeze", h, self.integers(-1)))
+        full = self.node("Squeeze", full, self.integers(-1))
+        if view is None:
+            full = self.node("Add", self.node("GatherElements", first, ids, axis=-1), full)
         return self.node("ScatterElements", first, ids, full, axis=-1)
 
-    def _best(self, logits: str, vocab_size: int) -> str:
-        """The ids (B, T, CANDIDATES) of the greatest logits, which are in as many groups at most: by their maxima."""
+    def _best(self, logits: str, vocab_size: int, count: int) -> str:
+        """The ids (B, T, count) of the greatest logits, which are in as many groups at most: by their maxima."""
 
         def top(x: str) -> str:
-            return self.nodes_of("TopK", [x, self.integers(CANDIDATES)], 2, axis=-1, sorted=0)[1]
+            return self.nodes_of("TopK", [x, self.integers(count)], 2, axis=-1, sorted=0)[1]
 
-        if vocab_size % GROUP or vocab_size // GROUP <= CANDIDATES:
+        if vocab_size % GROUP or vocab_size // GROUP <= count:
             return top(logits)
         grouped = self.node("Reshape", logits, self.integers(0, 0, -1, GROUP))
         groups = top(self.node("ReduceMax", grouped, self.integers(-1), keepdims=0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +84,9 @@ class RowMatrix:
     values: Place
     scales: Place
 
+
+ROW_NUMBERS = 1 << 22
+"""How many numbers are unpacked at a time."""
 
 ROW_LEVELS = 63
 """7 bits, so that pairs of products with uint8 stay below 2^15, in which processors without VNNI add them up."""
@@ -246,6 +249,39 @@ class WeightsFile:
         values, begin = Place(begin, self._end - begin), self._align()
         self._write(scales)
         return RowMatrix(name, num_rows, num_columns, values, Place(begin, self._end - begin))
+
+    def rows_of(self, matrix: Matrix) -> Iterator[NDArray[np.float32]]:
+        """What a packed matrix of this file stands for, some rows at a time."""
+        assert matrix.bits is not None and matrix.scales is not None and matrix.lower is None
+        self._file.flush()
+        shape = (matrix.num_rows, matrix.num_blocks)
+        codes = np.memmap(self.path, np.uint8, "r", matrix.values.offset, (*shape, matrix.block_bytes))
+        scales = np.memmap(self.path, np.float32, "r", matrix.scales.offset, shape)
+        at_once = max(1, ROW_NUMBERS // matrix.num_columns)
+        for start in range(0, matrix.num_rows, at_once):
+            rows = slice(start, start + at_once)
+            yield dequantise(codes[rows], scales[rows], matrix.bits, matrix.num_columns)
+
+    def written(
+        self,
+        name: str,
+        slices: Iterable[NDArray[np.float32]],
+        num_columns: int,
+        bits: int | None = None,
+        block_size: int = 1,
+    ) -> Matrix:
+        """Write a matrix that is not the checkpoint's, given some rows at a time."""
+        begin, num_rows, scales = self._align(), 0, list[NDArray[np.float32]]()
+        for rows in slices:
+            num_rows += len(rows)
+            if bits is None:
+                self._write(rows)
+                continue
+            codes, scale = quantise(rows, bits, block_size)
+            self._write(codes)
+            scales.append(scale)
+        values = Place(begin, self._end - begin)
+        return Matrix(name, num_rows, num_columns, bits, block_size, values, self._written(scales) if scales else None)
 
     def _packed(self, parts: Sequence[tuple[str, int]], num_columns: int, bits: int, planes: bool) -> Matrix:
         """`matrix`, of a folder that holds packed weights: copied as they are, or taken apart into planes."""

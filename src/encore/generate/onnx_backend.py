@@ -183,6 +183,11 @@ def log_probabilities(
     model: OnnxModel, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """log p of each target's ids after its source's, many positions a step; rows that have ended run on as padding."""
+    if model.manifest.provenance.get("head_preview"):
+        raise ExportError(
+            f"{model.manifest.folder} sees its head in a narrow view, so probabilities are estimates; export the model "
+            "again without --head-preview to score"
+        )
     longest = max(len(target) for target in targets)
     at_once = max(1, min(longest, MAX_LOGITS // (len(targets) * model.config.decoder.vocab_size)))
     cache = model.make_cache(model.encode(sources), longest, at_once)
