@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peers import PEERS, SIZES, missing
+from peers import PEERS, SIZES, missing, preview_width
 
 from encore.quantize.blocks import DEFAULT_BLOCK_SIZE
 
@@ -170,9 +170,9 @@ def stack_weights(size: str) -> int:
 
 def step_bytes(size: str, weights: str, batch: int, source_tokens: int) -> float:
     """What one step has to read: the decoder's matrices, the head, and the memory's keys and values (float32)."""
-    s = SIZES[size]
-    head = BITS["int4" if weights == "int8" else weights]
-    matrices = (stack_weights(size) * BITS[weights] + s["vocab"] * s["width"] * head) / 8
+    s, (kind, _, preview) = SIZES[size], weights.partition(" ")
+    head = BITS["int4" if kind == "int8" else kind] * s["vocab"] * (preview_width(size) if preview else s["width"])
+    matrices = (stack_weights(size) * BITS[kind] + head) / 8
     return matrices + batch * source_tokens * s["layers"] * 2 * s["kv_heads"] * s["head_dim"] * 4
 
 
@@ -181,7 +181,7 @@ def compared(ours: Sequence[str], peers: Sequence[str]) -> list[tuple[str, str]]
 
     def fits(mine: str, peer: str) -> bool:
         bits = {"Q8_0": "int8", "Q4_0": "int4", "int8": "int8", "int4": "int4"}.get(peer.split()[-1])
-        return bits is None or mine.endswith(bits)
+        return bits is None or bits in mine
 
     return [(mine, peer) for mine in ours for peer in peers if fits(mine, peer)]
 

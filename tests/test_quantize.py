@@ -184,6 +184,10 @@ def test_packed_folders_are_exported_as_they_are(tiny: Path, tmp_path: Path) -> 
     export(tiny, tmp_path / "five", "int8", two_pass_head=True, activations="int8")
     four, five = (json.loads((tmp_path / name / "encore_export.json").read_text()) for name in ("four", "five"))
     assert four["files"] == five["files"] and four["two_pass_head"]
+    export(tmp_path / "packed8", tmp_path / "six", head_preview=64)
+    export(tiny, tmp_path / "seven", "int8", head_preview=64, activations="int8")
+    six, seven = (json.loads((tmp_path / name / "encore_export.json").read_text()) for name in ("six", "seven"))
+    assert six["files"] == seven["files"] and six["head_preview"]["width"] == 64
 
 
 def test_calibration_reads_real_text_and_helps(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,10 @@ class Watched:
         model = opened(folder / f"{part}.onnx")
         self.folder, self.nodes = folder, [node for node in model.graph.node if node.op_type == "MatMulNBits"]
         self.stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.names = list(dict.fromkeys(name for node in self.nodes for name in (node.input[0], node.output[0])))
+        fused = (node for node in model.graph.node if node.op_type == "FusedMatMul")
+        self.float_nodes = [node for node in fused if node.input[1] in self.stored]
+        both = (*self.nodes, *self.float_nodes)
+        self.names = list(dict.fromkeys(name for node in both for name in (node.input[0], node.output[0])))
         known = {value.name for value in (*model.graph.output, *model.graph.input)}
         values = [helper.make_tensor_value_info(name, FLOAT, None) for name in self.names if name not in known]
         model.graph.output.extend(values)
@@ -84,12 +87,16 @@ class Watched:
 
     def matrix(self, node: onnx.NodeProto, bits: int, num_columns: int) -> NDArray[np.float32]:
         """What the packed matrix of a product stands for, (N, K)."""
-        arrays: list[NDArray[Any]] = []
-        for name, dtype in zip(node.input[1:3], (np.uint8, np.float32), strict=True):
-            place = {entry.key: entry.value for entry in self.stored[name].external_data}
-            data = (self.folder / place["location"]).read_bytes()[int(place["offset"]) :][: int(place["length"])]
-            arrays.append(np.frombuffer(data, dtype).reshape(self.stored[name].dims))
-        return dequantise(arrays[0], arrays[1], bits, num_columns)
+        codes, scales = (
+            self.array(name, kind) for name, kind in zip(node.input[1:3], (np.uint8, np.float32), strict=True)
+        )
+        return dequantise(codes, scales.reshape(codes.shape[:2]), bits, num_columns)
+
+    def array(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
+        """A stored one."""
+        place = {entry.key: entry.value for entry in self.stored[name].external_data}
+        data = (self.folder / place["location"]).read_bytes()[int(place["offset"]) :][: int(place["length"])]
+        return np.frombuffer(data, dtype).reshape(self.stored[name].dims)
 
     def worst(self, values: Mapping[str, NDArray[Any]]) -> float:
         """The largest relative error of a product's row."""

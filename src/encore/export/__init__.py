@@ -5,6 +5,7 @@
     graph.py      nodes, constants and the layer parts that all graphs share
     encoder.py    encoder.onnx   source ids -> states
     attention.py  what is kept of keys and values, float32 or int8, and attention over it
+    preview.py    a narrow view of the head, by which the best words are found
     step.py       memory.onnx    states -> keys and values of every decoder layer
                   step.onnx      one target id per row, or several, with caches in place -> logits
     folder.py     export(): all of it, for one checkpoint folder
