@@ -110,6 +110,9 @@ def test_a_view_that_cannot_be_made_is_refused(make: Callable, tmp_path: Path) -
 
 def test_the_command_tells_how_much_the_view_holds(make: Callable, tmp_path: Path) -> None:
     _, folder = make("t5gemma2", vocab_size=300)
+    told: list[tuple[int, int]] = []
+    export(folder, tmp_path / "told", head_preview=WIDTH, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > told[0][0]
     command = ["export", str(folder), str(tmp_path / "out"), "--head-preview", "32"]
     ran = CliRunner().invoke(app, [*command, "--weights", "int4"])
     assert ran.exit_code == 0 and "% of the head's energy in its view" in ran.stdout

@@ -169,6 +169,9 @@ def export(
 
     stored = StoredWeights(folder, config, advance)
     total = stored.num_bytes(*("encoder.",) if encoder_only else ("encoder.", "decoder."))
+    if head_preview is not None:  # the head is read again, twice
+        columns = -(-decoder.hidden_size // block_size) * block_size
+        total += 2 * decoder.vocab_size * columns * (BITS[weights][1] or 0) // 8
     parts = ("encoder",) if encoder_only else ("encoder", "memory", "step")
     with new_folder(target, replaced=REPLACED) as staged:
         with WeightsFile(staged / WEIGHTS_FILE, stored, block_size) as file:

@@ -261,6 +261,7 @@ class WeightsFile:
         for start in range(0, matrix.num_rows, at_once):
             rows = slice(start, start + at_once)
             yield dequantise(codes[rows], scales[rows], matrix.bits, matrix.num_columns)
+            self.stored.advance(codes[rows].nbytes)
 
     def written(
         self,
