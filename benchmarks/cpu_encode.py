@@ -5,12 +5,10 @@
 
 Told in cpu_generate.py: processes that take turns, random weights, --python. For llama.cpp and OpenVINO, without an
 encoder of this kind, the peer's value is their prompt speed on Gemma 3 of the same layers. `limit` is the stack's
-products alone at the matrix peak measured in the same run (int8 or float32, whichever is faster here).
+products alone at the matrix peak (int8 or float32, whichever is faster here), which takes its turns with the runners.
 """
 
 from __future__ import annotations
-
-import sys
 
 from cpu_generate import matrix_peak, parser_for, run, stack_weights
 
@@ -18,14 +16,11 @@ from cpu_generate import matrix_peak, parser_for, run, stack_weights
 def main() -> None:
     parser = parser_for(__doc__, "128,512,2048,8192", "1")
     parser.set_defaults(ours="encore int8,encore int4,encore float32")
-    args = parser.parse_args()
-    peak = matrix_peak(args.threads)
-    print(f"{args.threads} threads, {peak / 1e9:.0f} G operations/s in matrix products", file=sys.stderr)
 
-    def limit(size: str, weights: str, batch: int, source: int) -> float:
-        return peak / (2 * stack_weights(size))
+    def limit(operations_per_second: float, size: str, weights: str, batch: int, source: int) -> float:
+        return operations_per_second / (2 * stack_weights(size))
 
-    run(args, "encode", limit)
+    run(parser.parse_args(), "encode", matrix_peak, limit)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 
 Each runner is a process of its own (peers.py) and they take turns, so a noisy machine hurts all alike; read the ratios.
 Tokens per second count from the first target token to the last, Python and the choice of the token included. `limit` is
-what the memory bandwidth measured in the same run allows: each step reads the decoder's weights, the head and the
-keys and values once. Weights are random and made once, in --folder; that first time takes minutes more.
+what the memory bandwidth allows, which takes its turns with the runners (medians of both): each step reads the
+decoder's weights, the head and the keys and values once. Weights are random and made once, in --folder; that first time
+takes minutes more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,19 @@ def start(names: Sequence[str], size: str, folder: Path, threads: int, pythons: 
     return runners
 
 
-def take_turns(runners: dict[str, Runner], rounds: int, **question: Any) -> dict[str, tuple[float, int]]:
-    """Median tokens per second and peak bytes of each runner that can answer.
+def take_turns(
+    runners: dict[str, Runner], rounds: int, gauge: Callable[[], float], **question: Any
+) -> tuple[dict[str, tuple[float, int]], float]:
+    """Median tokens per second and peak bytes of each runner that can answer; and the median of what `gauge` measures.
 
     With several rounds a first turn warms up; a single one is long enough not to need it.
     """
     values: dict[str, list[float]] = {name: [] for name in runners}
+    gauged: list[float] = []
     peaks = dict.fromkeys(runners, 0)
     warm_up = int(rounds > 1)
     for turn in range(rounds + warm_up):
+        gauged.append(gauge())
         for name, runner in runners.items():
             if name not in values:
                 continue
@@ -128,7 +133,8 @@ def take_turns(runners: dict[str, Runner], rounds: int, **question: Any) -> dict
             peaks[name] = answer["peak_bytes"]
             if turn >= warm_up:
                 values[name].append(answer["tokens_per_second"])
-    return {name: (statistics.median(found), peaks[name]) for name, found in values.items()}
+    found = {name: (statistics.median(of_name), peaks[name]) for name, of_name in values.items()}
+    return found, statistics.median(gauged)
 
 
 def bandwidth(threads: int) -> float:
@@ -202,8 +208,11 @@ def parser_for(description: str | None, sources: str, batches: str) -> argparse.
     return parser
 
 
-def run(args: argparse.Namespace, work: str, limit_of: Any, **question: Any) -> None:
-    """All rows of one kind of work: printed as they come, and written as JSON."""
+def run(args: argparse.Namespace, work: str, gauge: Callable[[int], float], limit_of: Any, **question: Any) -> None:
+    """All rows of one kind of work: printed as they come, and written as JSON.
+
+    `gauge` measures with so many threads what `limit_of` counts with.
+    """
     if args.quick:
         args.source, args.batch, args.rounds = "512", "1", min(args.rounds, 2)
         if args.peers == parser_for(None, "", "").get_default("peers"):
@@ -221,13 +230,15 @@ def run(args: argparse.Namespace, work: str, limit_of: Any, **question: Any) -> 
             for source in map(int, args.source.split(",")):
                 able = {name: r for name, r in runners.items() if r.can(batch)}
                 rounds = 1 if source > 4096 else args.rounds
-                found = take_turns(able, rounds, work=work, batch=batch, source_tokens=source, **question)
+                asked = {"work": work, "batch": batch, "source_tokens": source, **question}
+                found, gauged = take_turns(able, rounds, lambda: gauge(args.threads), **asked)
+                print(f"{gauge.__name__} {gauged / 1e9:.1f} G/s, {args.threads} threads", file=sys.stderr)
                 for mine, peer in compared(ours, peers):
                     if mine not in found or peer not in found:
                         continue
                     (value, peak), (other, peer_peak) = found[mine], found[peer]
                     weights = mine.removeprefix("encore ")
-                    limit = limit_of(args.size, weights, batch, source)
+                    limit = limit_of(gauged, args.size, weights, batch, source)
                     row = Row(
                         work, args.size, weights, batch, source, value, "tokens/s", peer, other, value / other,
                         limit, value / limit, peak, peer_peak,
@@ -250,13 +261,11 @@ def main() -> None:
     parser = parser_for(__doc__, "128,512,2048,8192", "1,4,8")
     parser.add_argument("--target", type=int, default=33, help="target tokens")
     args = parser.parse_args()
-    speed = bandwidth(args.threads)
-    print(f"{args.threads} threads, {speed / 1e9:.1f} GB/s read", file=sys.stderr)
 
-    def limit(size: str, weights: str, batch: int, source: int) -> float:
-        return batch * speed / step_bytes(size, weights, batch, source)
+    def limit(bytes_per_second: float, size: str, weights: str, batch: int, source: int) -> float:
+        return batch * bytes_per_second / step_bytes(size, weights, batch, source)
 
-    run(args, "decode", limit, target_tokens=args.target)
+    run(args, "decode", bandwidth, limit, target_tokens=args.target)
 
 
 if __name__ == "__main__":
