@@ -18,13 +18,11 @@ from encore.export import ExportError
 from encore.export.folder import export
 from encore.export.preview import CANDIDATES
 from encore.generate.onnx_backend import OnnxModel
-from encore.generate.onnx_cache import OnnxCache
 from encore.generate.sampling import SamplingSettings
 from encore.generate.score import score
 from encore.generate.text import TextGenerator
 
-from .conftest import WINDOW
-from .test_products import Watched, draw
+from .test_products import watched_step
 
 WIDTH = 32
 
@@ -36,18 +34,10 @@ def test_the_best_words_have_the_logits_of_the_whole_head(
 ) -> None:
     """So have those asked for; all others those of the view."""
     _, graphs = exported(kind, weights, {"vocab_size": vocab_size}, activations="float32", head_preview=WIDTH)
-    watched = Watched(graphs.manifest.folder, "step")
+    wanted = np.array([[280, 281, 282], [290, 291, 292]])
+    watched, values, logits, log_sums = watched_step(graphs, wanted)
     head, project = watched.nodes[-1], watched.float_nodes[-1]
-    memory = graphs.encode(draw(WINDOW, 2 * WINDOW))
-    cache = graphs.make_cache(memory, 8, 3)
-    twin = OnnxCache(graphs.config, watched.session, memory.lengths, 8, 3)
-    twin.buffers = {name: buffer.copy() for name, buffer in cache.buffers.items()}
-    tokens, wanted = np.array(draw(3, 3)), np.array([[280, 281, 282], [290, 291, 292]])
-    logits = cache.advance(tokens, wanted=wanted, summed=True)
-    twin.advance(tokens)
-    twin.rollback([0, 0])
-    twin._steps[3].prepare(tokens)
-    h = watched.run(twin._steps[3].inputs)[project.input[0]].astype(np.float64)
+    h = values[project.input[0]].astype(np.float64)
     view = watched.matrix(head, 4, WIDTH).astype(np.float64)
     directions = watched.array(project.input[1], np.float32)
     label = project.input[1].removesuffix(".directions")
@@ -72,7 +62,7 @@ def test_the_best_words_have_the_logits_of_the_whole_head(
         expected, full = cap * np.tanh(expected / cap), cap * np.tanh(full / cap)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
     assert (np.abs(expected - full) > 1e-2 * np.abs(expected).max()).any(), "the view is narrow"
-    np.testing.assert_allclose(cache.log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)
+    np.testing.assert_allclose(log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)
 
 
 def test_real_sentences_lose_no_answers(tmp_path: Path) -> None:

@@ -228,24 +228,33 @@ def test_integer_scores_by_tiles(
     assert difference < 0.05
 
 
+def watched_step(
+    graphs: OnnxModel, wanted: NDArray[np.int64]
+) -> tuple[Watched, dict[str, NDArray[Any]], NDArray[np.float32], NDArray[np.float32]]:
+    """A step of three tokens: the watched graph, what its products took and gave, logits and log-sums."""
+    watched, memory = Watched(graphs.manifest.folder, "step"), graphs.encode(draw(WINDOW, 2 * WINDOW))
+    cache = graphs.make_cache(memory, 8, 3)
+    twin = OnnxCache(graphs.config, watched.session, memory.lengths, 8, 3)
+    twin.buffers = {name: buffer.copy() for name, buffer in cache.buffers.items()}
+    tokens = np.array(draw(3, 3))
+    logits = cache.advance(tokens, wanted=wanted, summed=True)
+    assert cache.log_sums is not None
+    twin.advance(tokens)
+    twin.rollback([0, 0])
+    twin._steps[3].prepare(tokens)
+    return watched, watched.run(twin._steps[3].inputs), logits, cache.log_sums
+
+
 @pytest.mark.parametrize("vocab_size", [300, 64 * 80])  # all words compared; groups of words by their best
 @pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
 def test_a_head_in_two_passes(exported: Callable, kind: str, vocab_size: int) -> None:
     """The best words of the first pass, and those asked for, have the logits of all eight bits; the rest of four."""
     options = {"activations": "float32", "two_pass_head": True}
     _, graphs = exported(kind, "int8", {"vocab_size": vocab_size}, **options)
-    watched = Watched(graphs.manifest.folder, "step")
+    wanted = np.array([[280, 281, 282], [290, 291, 292]])
+    watched, values, logits, log_sums = watched_step(graphs, wanted)
     head = watched.nodes[-1]
-    memory = graphs.encode(draw(WINDOW, 2 * WINDOW))
-    cache = graphs.make_cache(memory, 8, 3)
-    twin = OnnxCache(graphs.config, watched.session, memory.lengths, 8, 3)
-    twin.buffers = {name: buffer.copy() for name, buffer in cache.buffers.items()}
-    tokens, wanted = np.array(draw(3, 3)), np.array([[280, 281, 282], [290, 291, 292]])
-    logits = cache.advance(tokens, wanted=wanted, summed=True)
-    twin.advance(tokens)
-    twin.rollback([0, 0])
-    twin._steps[3].prepare(tokens)
-    states = watched.run(twin._steps[3].inputs)[head.input[0]].astype(np.float64)
+    states = values[head.input[0]].astype(np.float64)
     upper = watched.matrix(head, 4, states.shape[2])
     label = head.input[1].removesuffix(".codes")
     lower = helper.make_node("", ["", f"{label}.lower_of_rows", head.input[2]], [])
@@ -260,7 +269,7 @@ def test_a_head_in_two_passes(exported: Callable, kind: str, vocab_size: int) ->
         expected, full = cap * np.tanh(expected / cap), cap * np.tanh(full / cap)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
     assert (np.abs(expected - full) > 1e-3 * np.abs(expected).max()).any(), "the passes differ"
-    np.testing.assert_allclose(cache.log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)
+    np.testing.assert_allclose(log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
