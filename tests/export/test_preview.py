@@ -22,7 +22,7 @@ from encore.generate.sampling import SamplingSettings
 from encore.generate.score import score
 from encore.generate.text import TextGenerator
 
-from .test_products import watched_step
+from .test_products import both_passes, watched_step
 
 WIDTH = 32
 
@@ -53,13 +53,7 @@ def test_the_best_words_have_the_logits_of_the_whole_head(
     assert energy > np.sort(np.square(table).sum(axis=0))[-WIDTH:].sum() / np.square(table).sum(), "the best directions"
 
     first, full = h @ directions.T @ view.T, h @ table.T
-    best = np.argsort(-first, axis=-1)[..., :CANDIDATES]
-    ids = np.concatenate([best, wanted[..., None]], axis=-1)
-    expected = first.copy()
-    np.put_along_axis(expected, ids, np.take_along_axis(full, ids, axis=-1), axis=-1)
-    cap = graphs.config.final_logit_softcapping
-    if cap is not None:
-        expected, full = cap * np.tanh(expected / cap), cap * np.tanh(full / cap)
+    expected, full = both_passes(graphs, first, full, wanted, CANDIDATES)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
     assert (np.abs(expected - full) > 1e-2 * np.abs(expected).max()).any(), "the view is narrow"
     np.testing.assert_allclose(log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)

@@ -245,6 +245,22 @@ def watched_step(
     return watched, watched.run(twin._steps[3].inputs), logits, cache.log_sums
 
 
+def both_passes(
+    graphs: OnnxModel,
+    first: NDArray[np.float64],
+    full: NDArray[np.float64],
+    wanted: NDArray[np.int64],
+    num_candidates: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The first pass with the full logits of its best words and the wanted ones; and the full ones, both capped."""
+    best = np.argsort(-first, axis=-1)[..., :num_candidates]
+    ids = np.concatenate([best, wanted[..., None]], axis=-1)
+    expected = first.copy()
+    np.put_along_axis(expected, ids, np.take_along_axis(full, ids, axis=-1), axis=-1)
+    cap = graphs.config.final_logit_softcapping
+    return (expected, full) if cap is None else (cap * np.tanh(expected / cap), cap * np.tanh(full / cap))
+
+
 @pytest.mark.parametrize("vocab_size", [300, 64 * 80])  # all words compared; groups of words by their best
 @pytest.mark.parametrize("kind", ["t5gemma", "t5gemma2"])
 def test_a_head_in_two_passes(exported: Callable, kind: str, vocab_size: int) -> None:
@@ -260,13 +276,7 @@ def test_a_head_in_two_passes(exported: Callable, kind: str, vocab_size: int) ->
     lower = helper.make_node("", ["", f"{label}.lower_of_rows", head.input[2]], [])
     lower = watched.matrix(lower, 4, states.shape[2]) / 16
     first, full = states @ upper.T, states @ (upper + lower).T
-    best = np.argsort(-first, axis=-1)[..., :CANDIDATES]
-    ids = np.concatenate([best, wanted[..., None]], axis=-1)
-    expected = first.copy()
-    np.put_along_axis(expected, ids, np.take_along_axis(full, ids, axis=-1), axis=-1)
-    cap = graphs.config.final_logit_softcapping
-    if cap is not None:
-        expected, full = cap * np.tanh(expected / cap), cap * np.tanh(full / cap)
+    expected, full = both_passes(graphs, first, full, wanted, CANDIDATES)
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
     assert (np.abs(expected - full) > 1e-3 * np.abs(expected).max()).any(), "the passes differ"
     np.testing.assert_allclose(log_sums, np.log(np.exp(expected).sum(axis=-1)), rtol=1e-5)

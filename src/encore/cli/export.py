@@ -59,7 +59,7 @@ def export(
         typer.Option(
             metavar="WIDTH",
             help="Find the best words by a view of the head WIDTH numbers wide (a multiple of 32), and compute only "
-            "theirs in full. Half the head's columns: a step of 270M is a fifth shorter. Log-probabilities are then "
+            "theirs in full. 256 of 640 columns: a step of 270M takes 10 to 30 % less time. Log-probabilities are then "
             "estimates, and encore score refuses.",
             show_default="no view",
         ),
